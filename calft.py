@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: MIT
+"""CaRot: calibrated robust fine-tuning of CLIP (Oh et al., NeurIPS 2024, arXiv 2311.01723).
+
+    loss = CE2(S) + oc * ||W_v^T W_v - I||_F + sd * L_sd(S, S_t) + cross_fnorm * ||W_v W_t^T||_F
+
+    u (N, d), v (N, d)   image and text features of a batch, L2-normalised; the text of an image is its class name
+                         in one of the templates, drawn anew each epoch
+    S = tau u v^T        (N, N) similarities, tau = exp(logit_scale); CE2 is CLIP's symmetric contrastive loss
+    W_v (d_in, d)        last projection of the image tower; W_t (d_t, d) that of the text tower
+    S_t                  the same S by the teacher: an occasional moving average of the model
+
+The orthogonality term keeps the smallest singular value of the image features' covariance up, self-distillation keeps
+confidence calibrated: the two quantities in the paper's bound on error and calibration error under shift.
+
+    python calft.py                                                   # the toy, on a CPU
+    python calft.py --data /imagenet                                  # the released recipe, on a GPU
+    torchrun --nproc_per_node 8 calft.py --data /imagenet             # the same batch on eight
+    python calft.py --oc 0 --sd 0 --cross-fnorm 0                     # FLYP, the natural baseline
+"""
+import copy
+import json
+import math
+import os
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+
+
+# ---- the loss ------------------------------------------------------------------------------------------------------
+
+def orthogonality(W):
+    """L_oc = ||W^T W - I||_F for a projection W (d_in, d): scalar. Paper, section 4.2.
+
+    The paper squares the norm; the released code does not, and its coefficient 0.2 belongs to that: so here.
+    """
+    return torch.linalg.norm(W.T @ W - torch.eye(W.shape[1], device=W.device, dtype=W.dtype))
+
+
+def self_distillation(student_logits, teacher_logits):
+    """L_sd: cross-entropy from the teacher's to the student's rows, plus the same for columns: scalar.
+
+    Both (N, N), already times their tau; the sum of the two directions, each a mean over the batch. Paper, section
+    4.2, has the KL divergence, whose gradient is the same.
+    """
+    def soft_cross_entropy(S, S_t):
+        return -(S_t.softmax(-1) * S.log_softmax(-1)).sum(-1).mean()
+    return soft_cross_entropy(student_logits, teacher_logits) + soft_cross_entropy(student_logits.T, teacher_logits.T)
+
+
+def cross_frobenius(W_v, W_t):
+    """||W_v W_t^T||_F of the projections W_v (d_in, d) and W_t (d_t, d): scalar.
+
+    The penalty of the linear theory of contrastive learning; in the released command, not in the paper's loss.
+    """
+    return torch.linalg.norm(W_v @ W_t.T)
+
+
+def ema_momentum(step, total_steps):
+    """m in theta_t <- m theta_t + (1 - m) theta: from 0.05 to 0.9 over the first fifth of the run, then 0.9."""
+    return 0.05 + (0.9 - 0.05) * min(1.0, step / (0.2 * total_steps))
+
+
+@torch.no_grad()
+def update_teacher(teacher, model, m):
+    """theta_t <- m theta_t + (1 - m) theta, every parameter, in place."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - m)
+
+
+def projections(model):
+    """W_v (d_in, d) and W_t (d_t, d): the last linear map of the image and of the text tower, each None if absent."""
+    visual, W_t = model.visual, getattr(model, "text", model).text_projection
+    if getattr(visual, "proj", None) is not None:                    # ViT
+        W_v = visual.proj
+    elif hasattr(visual, "attnpool") and hasattr(visual.attnpool, "c_proj"):                       # CLIP's ResNets
+        W_v = visual.attnpool.c_proj.weight.T
+    elif hasattr(getattr(visual, "head", None), "proj"):             # timm towers
+        W_v = visual.head.proj.weight.T
+    else:
+        W_v = None
+    return W_v, W_t.weight.T if isinstance(W_t, torch.nn.Linear) else W_t
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+@common.cli
+def main(argv=None):
+    parser = common.flags(__doc__, out="out/calft")                  # --data, --model, --batch-size, --seed, ...
+    add = parser.add_argument
+    # recipe: the released one
+    add("--epochs", type=int, default=10, help="passes over the training images")
+    add("--max-steps", type=int, help="stop (and end the schedule) after this many steps")
+    add("--lr", type=float, default=1e-5, help="peak learning rate of AdamW")
+    add("--wd", type=float, default=0.1, help="weight decay, on every parameter")
+    add("--warmup", type=int, default=500, help="steps of linear warm-up, then cosine to 0")
+    # CaRot
+    add("--oc", type=float, default=0.2, help="weight of the orthogonality term")
+    add("--sd", type=float, default=1.5, help="weight of self-distillation; 0: no teacher")
+    add("--cross-fnorm", type=float, default=0.05, help="weight of the cross-Frobenius term")
+    add("--ema-every", type=int, default=500, help="steps between updates of the teacher")
+    # bookkeeping
+    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints")
+    add("--overwrite", action="store_true", help="start anew, whatever --out holds")
+
+    device = common.setup()
+    args = common.parse(parser, device, argv)
+    main_process = common.rank_world()[0] == 0
+    out = lambda name: os.path.join(args.out, name)                                                # noqa: E731
+
+    # data, model, teacher, optimiser
+    root = common.read_root(args)
+    total = common.total_steps(args, len(root.train))
+    torch.manual_seed(args.seed)                                     # for random weights; all else is drawn per sample
+    model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
+    W_v, W_t = projections(model)
+    if (W_v is None and args.oc) or ((W_v is None or W_t is None) and args.cross_fnorm):
+        raise common.Abort(f"--model {args.model} has a tower without a linear projection at its end; "
+                           "give --oc 0 --cross-fnorm 0, or another model")
+    tokens = common.prompts(tokenizer, root.classnames, root.templates)                            # (K, M, L)
+    teacher = copy.deepcopy(model).requires_grad_(False) if args.sd else None
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+    # a new run, or the one that --out holds
+    state, results = common.begin(args)
+    if "sets" in results:
+        print(f"{args.out} holds this run, finished; --overwrite starts anew")
+        print(common.table({"zero-shot": results["zero_shot"], "fine-tuned": results}))
+        return
+    if "zero_shot" not in results:                                   # before any training, so a broken set shows now
+        results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device, title="zero-shot")
+        if main_process:
+            common.write_json(out("results.json"), results)
+    start = 0
+    if state:
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if teacher:
+            teacher.load_state_dict(state["teacher"])
+
+    # the loop
+    prepare = common.to_input(model, device)
+    loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
+    bar = tqdm(total=total, initial=start, desc="CaRot", unit="step", disable=not main_process)
+    since, clock = start, time.perf_counter()
+    for step, (images, labels, draws) in zip(range(start, total), loader):
+        lr = common.cosine_lr(step, total, args.warmup, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images = prepare(images)                                                                   # (N, 3, S, S)
+        text = tokens[labels, draws % len(root.templates)]                                         # (N, L)
+
+        with common.autocast(device, args.precision):
+            u, v = common.encode_image(model, images), common.encode_text(model, text)             # (N, d)
+        S = common.similarity(u, v, model.logit_scale.exp())                                       # (N, N)
+        terms = {"contrastive": common.clip_loss(S)}
+        loss = terms["contrastive"]
+        if args.oc or args.cross_fnorm:
+            W_v, W_t = projections(model)
+        if args.oc:
+            terms["orthogonality"] = orthogonality(W_v)
+            loss = loss + args.oc * terms["orthogonality"]
+        if args.sd and step > 0:                                     # at step 0 the teacher is the model itself
+            with torch.no_grad(), common.autocast(device, args.precision):
+                u_t, v_t = common.encode_image(teacher, images), common.encode_text(teacher, text)
+            S_t = common.similarity(u_t, v_t, teacher.logit_scale.exp())
+            terms["self_distillation"] = self_distillation(S, S_t)
+            loss = loss + args.sd * terms["self_distillation"]
+        if args.cross_fnorm:
+            terms["cross_frobenius"] = cross_frobenius(W_v, W_t)
+            loss = loss + args.cross_fnorm * terms["cross_frobenius"]
+
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        common.average_gradients(model)
+        scaler.step(optimizer)
+        scaler.update()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))              # CLIP's own bound
+        if args.sd and step % args.ema_every == 0:
+            update_teacher(teacher, model, ema_momentum(step, total))
+
+        bar.update()
+        done, saving = step + 1, (step + 1) % args.save_every == 0 or step + 1 == total
+        if saving or step % args.log_every == 0:                     # the only steps that wait for the device
+            line = {"step": step, "loss": loss.item(), **{k: t.item() for k, t in terms.items()}, "lr": lr,
+                    "images_per_s": args.batch_size * (done - since) / (time.perf_counter() - clock)}
+            if not math.isfinite(line["loss"]):
+                raise common.Abort(f"loss is {line['loss']} at step {step}; {args.out} keeps the last good checkpoint", 1)
+            since, clock = done, time.perf_counter()
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {lr:.1e}, {line['images_per_s']:.0f} images/s")
+            if main_process:
+                with open(out("log.jsonl"), "a") as f:
+                    f.write(json.dumps(line) + "\n")
+        if saving and main_process:
+            common.save(out("last.pt"), step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                        scaler=scaler.state_dict(), teacher=teacher.state_dict() if teacher else {})
+    bar.close()
+
+    # export first, then evaluate
+    if main_process:
+        common.export(model, args.model, out("model"))
+        if teacher:
+            common.export(teacher, args.model, out("teacher"))
+    results.update(common.evaluate(model, tokenizer, preprocess_val, root, args, device))
+    if main_process:
+        common.write_json(out("results.json"), results)
+        print(common.table({"zero-shot": results["zero_shot"], "fine-tuned": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,737 @@
+# SPDX-License-Identifier: MIT
+"""What calft.py, carft.py, anchor.py and evaluate.py share: set-up, models, images, heads, scores, files.
+
+Nothing here knows a fine-tuning method. The way of the data:
+class folders -> uint8 crops (workers) -> normalised on the device -> features -> loss | head -> scores of whole sets.
+Shapes: N images in the global batch, K classes, M templates, L tokens, d feature dimensions.
+"""
+import argparse
+import contextlib
+import difflib
+import functools
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+
+import numpy as np
+import open_clip
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+
+# ---- ends ----------------------------------------------------------------------------------------------------------
+
+class Abort(Exception):
+    """Ends the program with one line on stderr: exit code 2 for wrong usage, 1 for a run that failed."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
+
+def cli(main):
+    """Decorates `main(argv=None)`: an Abort becomes one line and an exit code, and torchrun's process group is closed."""
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        try:
+            return main(argv)
+        except Abort as abort:
+            print(f"error: {abort}", file=sys.stderr)
+            sys.exit(abort.code)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return wrapped
+
+
+# ---- flags ---------------------------------------------------------------------------------------------------------
+
+def flags(doc, out):
+    """An ArgumentParser with the flags that all scripts share; `doc` is the script's docstring, `out` its folder."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=_Help, conflict_handler="resolve")
+    add = parser.add_argument
+    add("--data", metavar="ROOT", help="folder with train/<class>/* and val/<class>/*; each other image folder in it "
+        "is a shift and is evaluated; without --data: the toy")
+    add("--train", nargs="+", default=["train"], metavar="DIR", help="training folders, in ROOT or anywhere")
+    add("--val", metavar="DIR", help="validation folder; 'val' if ROOT has one, else held out of the training images")
+    add("--val-frac", type=float, default=0.2, help="fraction of each training class held out where there is no val")
+    add("--eval", nargs="+", default=[], metavar="DIR", help="further image folders to evaluate")
+    add("--model", default="ViT-B-16-quickgelu", help="an open_clip name, or local-dir:PATH")
+    add("--pretrained", default="openai", help="open_clip tag or weights file; '' for random weights")
+    add("--out", default=out, help="folder of everything that is written")
+    add("--batch-size", type=int, default=512, help="images in the global batch, over all processes")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="data loading workers of each process")
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="of the towers; bf16 or fp16 on CUDA, else fp32")
+    add("--seed", type=int, default=0, help="of all randomness")
+    return parser
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the docstring as it is, and the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        empty = action.default in (None, "", [], False)
+        return action.help if empty else super()._get_help_string(action)
+
+
+def parse(parser, device, argv=None):
+    """Parse `argv`; without --data the toy is made and its defaults take the place of ours. Raises Abort."""
+    args = parser.parse_args(argv)
+    if args.data is None:
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tests", "toy.py")
+        if not os.path.isfile(path):
+            raise Abort("--data ROOT is needed (the toy that stands in for it is not here: no tests/toy.py)")
+        spec = importlib.util.spec_from_file_location("toy", path)
+        toy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(toy)
+        if rank_world()[0] == 0:                                     # one process makes it, the others find it made
+            toy.build()
+        if dist.is_initialized():
+            dist.barrier()
+        known = {action.dest for action in parser._actions}
+        parser.set_defaults(**{k: v for k, v in toy.defaults().items() if k in known})
+        args = parser.parse_args(argv)
+    for name in ("batch_size", "epochs", "max_steps", "log_every", "save_every", "ema_every"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise Abort(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    if args.batch_size % rank_world()[1]:
+        raise Abort(f"--batch-size {args.batch_size} does not divide by the {rank_world()[1]} processes of torchrun")
+    if args.precision is None:
+        args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return args
+
+
+# ---- device and processes ------------------------------------------------------------------------------------------
+
+def setup():
+    """Device of this process: cuda, else mps, else cpu. Under torchrun the process group is opened too."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+        device = torch.device("cuda", local)
+    else:
+        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def autocast(device, precision):
+    """The context in which towers run; normalisation and losses stay outside of it, in float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+class _Gather(torch.autograd.Function):
+    """(n, d) of every rank -> (N, d). Every rank computes the loss of the whole batch, so the gradient that arrives
+    here is complete and needs no communication; times world, because `average_gradients` divides by it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        ctx.n = len(x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rank, world = rank_world()
+        return grad[rank * ctx.n:(rank + 1) * ctx.n] * world
+
+
+def gather(x):
+    """The rows of all processes, (n, d) -> (N, d) in batch order, with gradient; x itself without torchrun."""
+    return _Gather.apply(x) if dist.is_initialized() else x
+
+
+def average_gradients(model):
+    """Mean of every parameter's gradient over the processes, in one flat all-reduce."""
+    if dist.is_initialized():
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
+
+
+# ---- models --------------------------------------------------------------------------------------------------------
+
+def load_model(name, pretrained, device):
+    """An open_clip model in float32 and eval mode, the transforms of its images, and its tokenizer.
+
+    name: open_clip's, or local-dir:PATH; pretrained: a tag, a weights file, or '' for random weights.
+    preprocess_train, preprocess_val: uint8 (3, H, W) -> uint8 (3, S, S), to be normalised later by `to_input`.
+    Raises Abort for what open_clip does not have, for a tag made with the other activation (open_clip only warns, and
+    accuracy drops silently), and for text towers of other tokenizers than CLIP's.
+    """
+    if name.startswith("local-dir:"):
+        path, pretrained = name[len("local-dir:"):], None
+        for file in ("open_clip_config.json", "open_clip_model.safetensors"):
+            if not os.path.isfile(os.path.join(path, file)):
+                raise Abort(f"--model {name}: there is no {os.path.join(path, file)}")
+    elif not name.startswith("hf-hub:"):
+        _check_name(name, pretrained)
+    config = open_clip.get_model_config(name) or {}
+    if config.get("text_cfg", {}).get("hf_tokenizer_name"):
+        raise Abort(f"--model {name} has a Hugging Face tokenizer; only models with CLIP's own tokenizer are supported")
+    try:
+        model = open_clip.create_model(name, pretrained or None, device=device)
+    except Exception as e:                                 # no network, a truncated or foreign file: open_clip's words
+        raise Abort(f"--model {name} --pretrained {pretrained or repr('')} could not be loaded: "
+                    f"{' '.join(str(e).split())[:300]}", code=1)
+    # eval mode for good: BatchNorm keeps its pretrained statistics (released CLIP-ResNet code updates them) and
+    # stochastic depth is off, so that a step does not depend on how the batch is cut
+    model.eval()
+
+    size = model.visual.image_size if isinstance(model.visual.image_size, int) else model.visual.image_size[0]
+    cfg = model.visual.preprocess_cfg
+    if cfg["resize_mode"] not in ("shortest", "squash"):
+        raise Abort(f"--model {name}: resize mode '{cfg['resize_mode']}' is not supported, only shortest and squash")
+    how = dict(interpolation=InterpolationMode(cfg["interpolation"]), antialias=True)
+    preprocess_train = v2.RandomResizedCrop(size, scale=(0.9, 1.0), **how)
+    preprocess_val = v2.Compose([v2.Resize(size if cfg["resize_mode"] == "shortest" else (size, size), **how),
+                                 v2.CenterCrop(size)])
+    return model, preprocess_train, preprocess_val, open_clip.get_tokenizer(name)
+
+
+def _check_name(name, pretrained):
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name.replace("/", "-"), open_clip.list_models(), 3)
+        raise Abort(f"--model {name} is not a model of open_clip" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    if not pretrained or os.path.isfile(pretrained):
+        return
+    if not open_clip.is_pretrained_cfg(name, pretrained) and not open_clip.get_pretrained_cfg(name, pretrained):
+        raise Abort(f"--pretrained {pretrained} is neither a file nor a tag of {name}; its tags: "
+                    + (", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"))
+    wants = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
+    if wants != bool(open_clip.get_model_config(name).get("quick_gelu", False)):
+        right = name + "-quickgelu" if wants else name.replace("-quickgelu", "")
+        raise Abort(f"--pretrained {pretrained} was trained with {'QuickGELU' if wants else 'GELU'} and --model {name} "
+                    f"has the other activation; use --model {right}")
+
+
+def to_input(model, device):
+    """The function that makes uint8 images (N, 3, S, S) the model's normalised float input, on the device."""
+    mean, std = [torch.tensor(model.visual.preprocess_cfg[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std")]
+    return lambda images: (images.to(device, non_blocking=True).float() / 255 - mean) / std
+
+
+def encode_image(model, images):
+    """Normalised images (N, 3, S, S) -> L2-normalised features (N, d), float32."""
+    return F.normalize(model.encode_image(images).float(), dim=-1)
+
+
+def encode_text(model, tokens):
+    """Tokens (N, L) -> L2-normalised features (N, d), float32.
+
+    A causal tower pooled at the end-of-text token never looks behind it, so the batch is cut at its longest prompt:
+    the features are open_clip's, at a fraction of the work. Other towers run at full length. Tokens best come from
+    the CPU: finding the longest prompt on a GPU would wait for it.
+    """
+    text = getattr(model, "text", model)                             # CustomTextCLIP keeps its tower in .text
+    pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+    if causal and pool == "argmax":                                  # the end-of-text token has the highest number
+        tokens = tokens[:, :int(tokens.argmax(-1).max()) + 1]
+    tokens = tokens.to(model.logit_scale.device, non_blocking=True)
+    L = tokens.shape[1]
+    if text is not model or L == model.context_length:
+        return F.normalize(model.encode_text(tokens).float(), dim=-1)
+    # CLIP.encode_text, which insists on full length, step by step
+    x = model.token_embedding(tokens) + model.positional_embedding[:L]                             # (N, L, width)
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:L, :L]))
+    x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]                                # (N, width)
+    x = model.text_projection(x) if isinstance(model.text_projection, torch.nn.Linear) else x @ model.text_projection
+    return F.normalize(x.float(), dim=-1)
+
+
+def export(model, name, path):
+    """Write the weights as an open_clip `local-dir:`; `name` is what the model was loaded as. float32 safetensors."""
+    os.makedirs(path, exist_ok=True)
+    weights = os.path.join(path, "open_clip_model.safetensors")
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, weights + ".tmp")
+    os.replace(weights + ".tmp", weights)
+    write_json(os.path.join(path, "open_clip_config.json"),
+               {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": model.visual.preprocess_cfg})
+
+
+# ---- heads and losses ----------------------------------------------------------------------------------------------
+
+def prompts(tokenizer, classnames, templates):
+    """Every class name in every template as tokens, (K, M, L) long. templates: callables, or strings with {}."""
+    texts = [t(c) if callable(t) else t.replace("{}", c) for c in classnames for t in templates]
+    return tokenizer(texts).view(len(classnames), len(templates), -1)
+
+
+@torch.no_grad()
+def text_embeddings(model, tokenizer, classnames, templates):
+    """Text features of every class in every template, (K, M, d), each L2-normalised."""
+    tokens = prompts(tokenizer, classnames, templates).flatten(0, 1)                               # (K*M, L)
+    return torch.cat([encode_text(model, t) for t in tokens.split(1024)]).view(len(classnames), len(templates), -1)
+
+
+def class_head(E):
+    """Zero-shot classifier W_cls (K, d) of text embeddings E (K, M, d): the normalised mean over templates."""
+    return F.normalize(E.mean(1), dim=-1)
+
+
+def similarity(image_features, text_features, logit_scale):
+    """S = logit_scale * u v^T of the global batch, (n, d) and (n, d) of this process -> (N, N), rows are images."""
+    return logit_scale * gather(image_features) @ gather(text_features).T
+
+
+def clip_loss(S):
+    """CE2(S): mean of the cross-entropies of rows and columns of S (N, N), where pair i belongs to i."""
+    target = torch.arange(len(S), device=S.device)
+    return (F.cross_entropy(S, target) + F.cross_entropy(S.T, target)) / 2
+
+
+def contrastive_loss(image_features, text_features, logit_scale):
+    """CLIP's symmetric contrastive loss (Radford et al., 2021, figure 3) over the global batch: scalar.
+
+    image_features, text_features: (N, d), L2-normalised; logit_scale: already exponentiated, as in open_clip.
+    """
+    return clip_loss(similarity(image_features, text_features, logit_scale))
+
+
+# ---- image folders -------------------------------------------------------------------------------------------------
+
+class Images(torch.utils.data.Dataset):
+    """Image files with labels. base/files[i] has class classes[labels[i]] and is called classnames[labels[i]].
+
+    Evaluated with the training head, its logits are the columns `columns` of it, in the order of `classes`; None
+    where a class was not trained on, and the set gets a zero-shot head of its own.
+    """
+
+    def __init__(self, name, base, files, labels, classes, classnames=None, columns=None):
+        self.name, self.base, self.classes, self.classnames, self.columns = name, base, classes, classnames, columns
+        self.files = np.array([os.fsencode(f) for f in files])       # one block of bytes: workers share it
+        self.labels = np.asarray(labels, dtype=np.int64)
+
+    def __len__(self):
+        return len(self.files)
+
+    def path(self, i):
+        return os.path.join(self.base, os.fsdecode(bytes(self.files[i])))
+
+    def take(self, keep, name):
+        return Images(name, self.base, [os.fsdecode(bytes(f)) for f in self.files[keep]], self.labels[keep],
+                      self.classes, self.classnames, self.columns)
+
+
+class Root:
+    """What a ROOT holds: train, val and shifts (Images), classes (folder names), classnames and templates."""
+
+
+def _subfolders(path):
+    return sorted(e.name for e in os.scandir(path) if e.is_dir() and not e.name.startswith("."))
+
+
+def _image_files(path):
+    """Image files below a folder, relative to it, sorted."""
+    return sorted(os.path.relpath(os.path.join(top, f), path) for top, _, files in os.walk(path) for f in files
+                  if f.lower().endswith(IMG_EXTENSIONS))
+
+
+def _is_image_folder(path):
+    return any(e.is_file() and e.name.lower().endswith(IMG_EXTENSIONS)
+               for c in _subfolders(path) for e in os.scandir(os.path.join(path, c)))
+
+
+def _scan(path, base, name=None):
+    """The Images of path/<class>/*, with paths relative to `base`. Raises Abort."""
+    if not os.path.isdir(path):
+        raise Abort(f"{path} is not a folder (expected image folders: {path}/<class>/*.jpg)")
+    classes, files, labels = _subfolders(path), [], []
+    if not classes:
+        raise Abort(f"{path} holds no class folders (expected {path}/<class>/*.jpg)")
+    for k, c in enumerate(classes):
+        found = _image_files(os.path.join(path, c))
+        if not found:
+            raise Abort(f"class folder {os.path.join(path, c)} holds no image ({', '.join(IMG_EXTENSIONS)})")
+        prefix = os.path.relpath(os.path.join(path, c), base)
+        files += [os.path.join(prefix, f) for f in found]
+        labels += [k] * len(found)
+    return Images(name or os.path.basename(os.path.normpath(path)), base, files, labels, classes)
+
+
+def _classnames(classes, root):
+    """Names of class folders: root/classnames.txt > ImageNet's wnids (OpenAI's names) > the folder, _ as space."""
+    path, names = os.path.join(root, "classnames.txt"), {}
+    if os.path.isfile(path):
+        for i, line in enumerate(open(path, encoding="utf-8"), 1):
+            if line.strip():
+                if line.count("\t") != 1 or not all(part.strip() for part in line.split("\t")):
+                    raise Abort(f"{path} line {i}: expected folder<TAB>name, found {line.strip()!r}")
+                folder, name = line.split("\t")
+                names[folder.strip()] = name.strip()
+    imagenet = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
+    return [names.get(c) or imagenet.get(c) or c.replace("_", " ") for c in classes]
+
+
+def _templates(root):
+    """Prompt templates: root/templates.txt, a line each with {} where the class goes > OpenAI's 80."""
+    path = os.path.join(root, "templates.txt")
+    if not os.path.isfile(path):
+        return list(open_clip.OPENAI_IMAGENET_TEMPLATES)
+    lines = [line.strip() for line in open(path, encoding="utf-8") if line.strip()]
+    if not lines or not all("{}" in line for line in lines):
+        raise Abort(f"{path}: expected one template a line, each with {{}} where the class name goes")
+    return lines
+
+
+def _match(images, root, classnames_root):
+    """Say which columns of the training head the classes of an evaluation set are, in place."""
+    index = {c: k for k, c in enumerate(root.classes)}
+    if set(images.classes) <= set(index):                            # all of the training classes, or a subset
+        columns = [index[c] for c in images.classes]
+        images.classnames = [root.classnames[k] for k in columns]
+    elif sorted(images.classes) == sorted(map(str, range(len(index)))):  # ImageNet-V2: the folder name is the index
+        columns = [int(c) for c in images.classes]                   # ... and sorts as a string: 0, 1, 10, 100, ...
+        images.classnames = [root.classnames[k] for k in columns]
+    else:
+        columns, images.classnames = None, _classnames(images.classes, classnames_root)
+    images.columns = columns
+    return images
+
+
+def read_root(args, need_train=True):
+    """Read --data, --train, --val, --val-frac and --eval into a Root. Raises Abort for what does not fit together.
+
+    need_train False (evaluation): of the training folders only the class names are read, where there is a val.
+    """
+    if not os.path.isdir(args.data):
+        raise Abort(f"--data {args.data} is not a folder")
+    root, base = Root(), args.data
+    where = lambda d: d if os.path.isabs(d) else os.path.join(base, d)                             # noqa: E731
+    for d in args.train:
+        if not os.path.isdir(where(d)):
+            raise Abort(f"--data {base} has no folder {d} (expected {where(d)}/<class>/*.jpg; --train names another)")
+    val = args.val or ("val" if os.path.isdir(where("val")) else None)
+
+    if need_train or val is None:
+        parts = [_scan(where(d), base) for d in args.train]
+        root.classes = sorted(set().union(*(p.classes for p in parts)))
+        labels = [[root.classes.index(c) for c in p.classes] for p in parts]
+        groups = [p.labels + 10**6 * i for i, p in enumerate(parts)]                 # a class of a training folder
+        train = Images("train", base, [os.fsdecode(bytes(f)) for p in parts for f in p.files],
+                       np.concatenate([np.take(lab, p.labels) for lab, p in zip(labels, parts)]), root.classes)
+    else:
+        root.classes = sorted(set().union(*(_subfolders(where(d)) for d in args.train)))
+        train = None
+    if len(root.classes) < 2:
+        raise Abort(f"{where(args.train[0])} holds {len(root.classes)} class folder(s); classification needs two")
+    root.classnames, root.templates = _classnames(root.classes, base), _templates(base)
+
+    if val is not None:
+        root.val = _scan(where(val), base, "val")
+        lacking = sorted(set(root.val.classes) - set(root.classes))
+        if lacking:
+            raise Abort(f"{where(val)} has classes that training lacks: {', '.join(lacking[:5])}"
+                        + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""))
+        root.val.labels = np.take([root.classes.index(c) for c in root.val.classes], root.val.labels)
+    else:                                                            # hold some of every class of every folder out
+        rng, held = np.random.default_rng(args.seed), np.zeros(len(train), bool)
+        groups = np.concatenate(groups)
+        for group in np.unique(groups):
+            members = np.flatnonzero(groups == group)
+            count = min(max(round(args.val_frac * len(members)), 1), len(members) - 1)
+            held[rng.permutation(members)[:count]] = True
+        if not held.any():
+            raise Abort(f"{base} has no val/ and too few images a class to hold some out; name a folder with --val")
+        root.val, train = train.take(held, "val"), train.take(~held, "train")
+    root.train = train
+    root.val.classes, root.val.classnames = root.classes, root.classnames
+    root.val.columns = list(range(len(root.classes)))                # val is never scored on a subset of the classes
+
+    used = {os.path.realpath(where(d)) for d in [*args.train, val or "train"]}
+    others = [where(d) for d in _subfolders(base) if os.path.realpath(where(d)) not in used]
+    for d in others:
+        if not _is_image_folder(d) and rank_world()[0] == 0:
+            print(f"{d}: not an image folder, not evaluated")
+    root.shifts = []
+    for d in [d for d in others if _is_image_folder(d)] + args.eval:
+        images = _match(_scan(d, base), root, base if d in others else os.path.dirname(os.path.abspath(d)))
+        if images.name in [s.name for s in [root.val, *root.shifts]]:
+            images.name = os.path.normpath(d)                        # two sets of one name
+        root.shifts.append(images)
+    return root
+
+
+# ---- reading images ------------------------------------------------------------------------------------------------
+
+def read_image(path):
+    """Decode an image file to uint8 RGB (3, H, W). Raises Abort (code 1) naming the file where nothing can.
+
+    By torchvision, and by Pillow what torchvision refuses. 16-bit values are scaled down; of an animation the first
+    frame counts; orientation tags are ignored, as by open_clip.
+    """
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+        try:
+            x = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+            x = x[0] if x.ndim == 4 else x
+            return x if x.dtype == torch.uint8 else (x.float() / 257).round().to(torch.uint8)
+        except (RuntimeError, ValueError):
+            with Image.open(io.BytesIO(data)) as image:
+                if image.mode.startswith("I"):                       # 16-bit grey, which convert() would clip
+                    image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    except Exception as e:
+        raise Abort(f"{path}: not readable as an image ({type(e).__name__}: {' '.join(str(e).split())[:120]})", code=1)
+
+
+class TrainImages(torch.utils.data.Dataset):
+    """Items (epoch, i) of Images: crop uint8 (3, S, S), label, and a random number that is free to use (templates).
+
+    Crop and number are functions of (seed, epoch, i) alone: not of workers, ranks, or a resume.
+    """
+
+    def __init__(self, images, preprocess, seed):
+        self.images, self.preprocess, self.seed = images, preprocess, seed
+
+    def __getitem__(self, item):
+        epoch, i = item
+        image = read_image(self.images.path(i))
+        state = np.random.SeedSequence([self.seed, epoch, i]).generate_state(2, np.uint32)
+        with torch.random.fork_rng(devices=[]):                      # transforms.v2 draws from the global generator
+            torch.manual_seed(int(state[0]))
+            image = self.preprocess(image)
+        return image, int(self.images.labels[i]), int(state[1])
+
+
+class Batches:
+    """Batches of (epoch, i) for this process: the images in a new order each epoch, end to end, cut into batches.
+
+    Each image comes once an epoch; a batch may hold the end of one epoch and the start of the next. Process r takes
+    the r-th part of every global batch. `start` is the step to begin with.
+    """
+
+    def __init__(self, n, batch_size, steps, seed, start=0):
+        self.n, self.batch, self.steps, self.seed, self.start = n, batch_size, steps, seed, start
+        self.order = functools.lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
+
+    def __len__(self):
+        return self.steps - self.start
+
+    def __iter__(self):
+        rank, world = rank_world()
+        share = self.batch // world
+        for step in range(self.start, self.steps):
+            first = step * self.batch + rank * share
+            places = [divmod(p, self.n) for p in range(first, first + share)]
+            yield [(epoch, int(self.order(epoch)[i])) for epoch, i in places]
+
+
+def train_loader(images, preprocess, args, steps, device, start=0):
+    """Batches of (images uint8 (n, 3, S, S), labels (n,), random numbers (n,)) for steps start..steps-1."""
+    return torch.utils.data.DataLoader(
+        TrainImages(images, preprocess, args.seed), num_workers=args.workers, pin_memory=device.type == "cuda",
+        batch_sampler=Batches(len(images), args.batch_size, steps, args.seed, start))
+
+
+def total_steps(args, n):
+    """Optimiser steps of a run over n images: epochs in whole batches, at most --max-steps. Raises Abort."""
+    if args.batch_size > n:
+        raise Abort(f"--batch-size {args.batch_size} is more than the {n} training images; give a smaller one")
+    return min(args.epochs * n // args.batch_size, args.max_steps or math.inf)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+def ece(confidence, correct, bins=15):
+    """Expected calibration error (Guo et al., 2017): sum over bins of n_bin/n * |accuracy - confidence|, in [0, 1].
+
+    confidence (n,) in [0, 1]; correct (n,) of 0 and 1; `bins` equal-width bins. Of a whole set, never of a batch.
+    """
+    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    where = np.minimum((confidence * bins).astype(int), bins - 1)
+    gap = np.bincount(where, correct - confidence, minlength=bins)   # n_bin * (accuracy - confidence)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+class _EvalImages(torch.utils.data.Dataset):
+    """All images of several sets, one after the other, ready for the model."""
+
+    def __init__(self, sets, preprocess):
+        self.sets, self.preprocess = sets, preprocess
+        self.ends = np.cumsum([len(s) for s in sets])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        k = int(np.searchsorted(self.ends, i, side="right"))
+        return self.preprocess(read_image(self.sets[k].path(i - self.ends[k] + len(self.sets[k]))))
+
+
+@torch.no_grad()
+def image_features(model, sets, preprocess, args, device, title="evaluating"):
+    """Features (n, d) of every set of Images, float32 on the CPU, in file order; every process gets all of them.
+
+    Process r reads images r, r + world, ...: each image once, whatever the sizes.
+    """
+    rank, world = rank_world()
+    images, prepare = _EvalImages(sets, preprocess), to_input(model, device)
+    mine = torch.utils.data.Subset(images, range(rank, len(images), world))
+    loader = torch.utils.data.DataLoader(mine, max(1, args.batch_size // world), num_workers=args.workers,
+                                         pin_memory=device.type == "cuda")
+    parts = []
+    for x in tqdm(loader, title, unit="batch", leave=False, disable=rank != 0):
+        with autocast(device, args.precision):
+            parts.append(encode_image(model, prepare(x)).cpu())
+    features = torch.cat(parts)
+    if world > 1:                                                    # pad the shorter shares, interleave, cut
+        full = torch.zeros(-(-len(images) // world), features.shape[1])
+        full[:len(features)] = features
+        shares = [torch.empty_like(full, device=device) for _ in range(world)]
+        dist.all_gather(shares, full.to(device))
+        features = torch.stack(shares, 1).flatten(0, 1)[:len(images)].cpu()
+    return list(features.split([len(s) for s in sets]))
+
+
+def scores(logits, labels):
+    """Whole-set scores of logits (n, K) and labels (n,): top1, ece, nll, brier as fractions and nats.
+
+    ece has 15 bins over the whole set. ece_batch10 is what the released CaRot code reports and its tables probably
+    show: 10 bins on batches of 512 in file order, averaged; biased upwards, here for comparison only.
+    """
+    labels = torch.as_tensor(labels)
+    log_p = torch.cat([F.log_softmax(part.float(), -1) for part in logits.split(8192)])            # (n, K)
+    confidence, predicted = log_p.exp().max(-1)
+    correct = (predicted == labels).numpy()
+    cuts = range(0, len(labels), 512)
+    batch = [ece(confidence[i:i + 512], correct[i:i + 512], 10) * len(correct[i:i + 512]) for i in cuts]
+    p_label = log_p.gather(1, labels[:, None]).squeeze(1)                                          # (n,)
+    brier = (log_p.exp().square().sum(1) - 2 * p_label.exp() + 1).mean()                           # sum_k (p_k - y_k)^2
+    return {"top1": float(correct.mean()), "ece": ece(confidence, correct), "ece_batch10": sum(batch) / len(labels),
+            "nll": float(-p_label.mean()), "brier": float(brier)}
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title="evaluating"):
+    """Scores on val and every shift: {"sets": {name: {...}}, "shift_mean": {"top1", "ece"}}.
+
+    head (K, d): the classifier of the training classes; None for the zero-shot head of the model's own text tower.
+    A set with classes that were not trained on has a zero-shot head of its own and stays out of the mean.
+    """
+    zero_shot = functools.lru_cache(None)(lambda names: class_head(text_embeddings(model, tokenizer, names, root.templates)))
+    sets = [root.val, *root.shifts]
+    tau, results = model.logit_scale.exp().float().cpu(), {}
+    for images, u in zip(sets, image_features(model, sets, preprocess, args, device, title)):
+        with autocast(device, args.precision):
+            if images.columns is None:
+                W, kind = zero_shot(tuple(images.classnames)), "zero-shot"
+            else:
+                W = zero_shot(tuple(root.classnames)) if head is None else head
+                W, kind = W[images.columns], "trained" if len(images.columns) == len(root.classes) else "subset"
+        logits = tau * u @ W.float().cpu().T                                                       # (n, K)
+        results[images.name] = {"n": len(images), "classes": len(images.classes), **scores(logits, images.labels),
+                                "skipped": 0, "head": kind}
+    shifts = [r for name, r in results.items() if name != "val" and r["head"] != "zero-shot"]
+    mean = {k: sum(r[k] for r in shifts) / len(shifts) for k in ("top1", "ece")} if shifts else None
+    return {"sets": results, "shift_mean": mean}
+
+
+def table(columns):
+    """The results of several models on the same sets, {title: evaluate(...)}, as text: top-1 and ECE in percent."""
+    first = next(iter(columns.values()))
+    wide = max(14, *(len(name) + 2 for name in first["sets"]))
+    lines = [" " * (wide + 16) + "".join(f"{title:>18}" for title in columns),
+             f"{'set':<{wide}}{'images':>8}{'classes':>8}" + f"{'top-1':>10}{'ECE':>8}" * len(columns)]
+
+    def row(name, n, classes, cells):
+        return f"{name:<{wide}}{n:>8}{classes:>8}" + "".join(f"{100 * c['top1']:>10.2f}{100 * c['ece']:>8.2f}" for c in cells)
+    for own in (False, True):                                        # sets with classes not trained on come last
+        for name, r in first["sets"].items():
+            if (r["head"] == "zero-shot") == own:
+                lines.append(row(name + " *" * own, r["n"], r["classes"], [c["sets"][name] for c in columns.values()]))
+        if not own and first["shift_mean"]:
+            lines.append(row("shift mean", "", "", [c["shift_mean"] for c in columns.values()]))
+    if any(r["head"] == "zero-shot" for r in first["sets"].values()):
+        lines.append("* classes that were not trained on: zero-shot head from the model's text tower, not in the mean")
+    return "\n".join(lines)
+
+
+# ---- schedule and files --------------------------------------------------------------------------------------------
+
+def cosine_lr(step, total, warmup, peak):
+    """Learning rate of a step: linear up to `peak` over `warmup` steps, then a cosine down to 0 at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def write_json(path, data):
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(data, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def save(path, **state):
+    """Write a checkpoint: the old one stays until the new one is on disk, whole."""
+    with open(path + ".tmp", "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def begin(args):
+    """Open --out: the state (last.pt, or None) and the results of the run of the same flags that it holds, if any.
+
+    Flags that do not change a run may differ; any other difference is refused by name, unless --overwrite.
+    """
+    free = {"out", "workers", "log_every", "save_every", "overwrite"}
+    path, last, log, done = [os.path.join(args.out, f) for f in ("args.json", "last.pt", "log.jsonl", "results.json")]
+    main_process, state, results = rank_world()[0] == 0, None, {}
+    if os.path.isfile(path) and not args.overwrite:
+        old, new = read_json(path), json.loads(json.dumps(vars(args)))
+        changed = [k for k in new if k not in free and new[k] != old.get(k)]
+        if changed:
+            raise Abort(f"--out {args.out} holds a run with other flags ("
+                        + ", ".join(f"--{k.replace('_', '-')} {old.get(k)}" for k in changed)
+                        + "); give another --out, or --overwrite")
+        if os.path.isfile(done):
+            results = read_json(done)
+        if os.path.isfile(last):
+            state = torch.load(last, map_location="cpu", weights_only=True)
+    elif main_process:
+        os.makedirs(args.out, exist_ok=True)
+        for f in (last, log, done):
+            if os.path.isfile(f):
+                os.remove(f)
+        write_json(path, vars(args))
+    if dist.is_initialized():
+        dist.barrier()
+    if main_process and os.path.isfile(log):                         # steps after the checkpoint will come again
+        lines = [line for line in open(log) if state and json.loads(line)["step"] < state["step"]]
+        with open(log + ".tmp", "w") as f:
+            f.writelines(lines)
+        os.replace(log + ".tmp", log)
+    return state, results
