@@ -14,17 +14,15 @@ import io
 import json
 import math
 import os
-import re
 import sys
-import time
 
 import numpy as np
 import open_clip
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_image
@@ -51,6 +49,9 @@ def cli(main):
         except Abort as abort:
             print(f"error: {abort}", file=sys.stderr)
             sys.exit(abort.code)
+        except OSError as e:                                         # no space, no permission: the system's words
+            print(f"error: {e}", file=sys.stderr)
+            sys.exit(1)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -250,26 +251,26 @@ def encode_text(model, tokens):
     text = getattr(model, "text", model)                             # CustomTextCLIP keeps its tower in .text
     pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
     causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
-    if causal and pool == "argmax":                                  # the end-of-text token has the highest number
-        tokens = tokens[:, :int(tokens.argmax(-1).max()) + 1]
-    tokens = tokens.to(model.logit_scale.device, non_blocking=True)
-    L = tokens.shape[1]
-    if text is not model or L == model.context_length:
-        return F.normalize(model.encode_text(tokens).float(), dim=-1)
-    # CLIP.encode_text, which insists on full length, step by step
-    x = model.token_embedding(tokens) + model.positional_embedding[:L]                             # (N, L, width)
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:L, :L]))
-    x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]                                # (N, width)
-    x = model.text_projection(x) if isinstance(model.text_projection, torch.nn.Linear) else x @ model.text_projection
-    return F.normalize(x.float(), dim=-1)
+    if not causal or pool != "argmax":
+        return F.normalize(model.encode_text(tokens.to(model.logit_scale.device)).float(), dim=-1)
+    end = tokens.argmax(-1)                                          # the end-of-text token has the highest number
+    L = int(end.max()) + 1
+    tokens, end = (t.to(model.logit_scale.device, non_blocking=True) for t in (tokens[:, :L], end))
+    x = text.token_embedding(tokens) + text.positional_embedding[:L]                               # (N, L, width)
+    x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:L, :L]))
+    x = x[torch.arange(len(x), device=x.device), end]                                              # (N, width)
+    if isinstance(text.text_projection, torch.nn.Linear):
+        x = text.text_projection(x)
+    elif text.text_projection is not None:
+        x = x @ text.text_projection
+    return F.normalize(x.float(), dim=-1)                                                          # (N, d)
 
 
 def export(model, name, path):
     """Write the weights as an open_clip `local-dir:`; `name` is what the model was loaded as. float32 safetensors."""
     os.makedirs(path, exist_ok=True)
-    weights = os.path.join(path, "open_clip_model.safetensors")
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, weights + ".tmp")
-    os.replace(weights + ".tmp", weights)
+    with replacing(os.path.join(path, "open_clip_model.safetensors")) as f:
+        f.write(safetensors.torch.save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}))
     write_json(os.path.join(path, "open_clip_config.json"),
                {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": model.visual.preprocess_cfg})
 
@@ -682,10 +683,19 @@ def cosine_lr(step, total, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def write_json(path, data):
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(data, f, indent=1)
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write in place of `path`: the old one stays until the new one is on disk, whole."""
+    with open(path + ".tmp", "wb") as f:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
+
+
+def write_json(path, data):
+    with replacing(path) as f:
+        f.write(json.dumps(data, indent=1).encode())
 
 
 def read_json(path):
@@ -694,12 +704,9 @@ def read_json(path):
 
 
 def save(path, **state):
-    """Write a checkpoint: the old one stays until the new one is on disk, whole."""
-    with open(path + ".tmp", "wb") as f:
+    """Write a checkpoint, atomically."""
+    with replacing(path) as f:
         torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def begin(args):
@@ -731,7 +738,6 @@ def begin(args):
         dist.barrier()
     if main_process and os.path.isfile(log):                         # steps after the checkpoint will come again
         lines = [line for line in open(log) if state and json.loads(line)["step"] < state["step"]]
-        with open(log + ".tmp", "w") as f:
-            f.writelines(lines)
-        os.replace(log + ".tmp", log)
+        with replacing(log) as f:
+            f.write("".join(lines).encode())
     return state, results

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: MIT
+"""Every loss term against a naive loop or a closed form, and its gradient by finite differences in float64."""
+import copy
+import math
+
+import pytest
+import torch
+
+import calft
+import common
+
+
+def features(n, d, seed):
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def naive_cross_entropy(row, target):
+    return -math.log(math.exp(row[target]) / sum(math.exp(x) for x in row))
+
+
+def test_contrastive_loss_is_the_mean_of_both_directions():
+    """If this breaks, every method trains on something else than CLIP's loss."""
+    u, v, tau = features(5, 7, 0), features(5, 7, 1), 3.7
+    S = [[tau * sum(a * b for a, b in zip(u[i].tolist(), v[j].tolist())) for j in range(5)] for i in range(5)]
+    rows = sum(naive_cross_entropy(S[i], i) for i in range(5)) / 5
+    columns = sum(naive_cross_entropy([S[i][j] for i in range(5)], j) for j in range(5)) / 5
+    assert float(common.contrastive_loss(u, v, tau)) == pytest.approx((rows + columns) / 2, rel=1e-12)
+
+
+def test_contrastive_loss_is_open_clips():
+    from open_clip.loss import ClipLoss
+    u, v = features(6, 4, 2).float(), features(6, 4, 3).float()
+    assert float(common.contrastive_loss(u, v, 20.0)) == pytest.approx(float(ClipLoss()(u, v, 20.0)), rel=1e-6)
+
+
+def test_contrastive_loss_closed_form():
+    """All features equal: every row is uniform, the loss is ln N."""
+    u = torch.ones(8, 4) / 2
+    assert float(common.contrastive_loss(u, u, 100.0)) == pytest.approx(math.log(8), rel=1e-6)
+
+
+def test_orthogonality_by_entries():
+    """The norm is not squared: the coefficient 0.2 belongs to that."""
+    W = torch.randn(6, 3, dtype=torch.float64)
+    total = 0.0
+    for i in range(3):
+        for j in range(3):
+            dot = sum(float(W[k, i] * W[k, j]) for k in range(6))
+            total += (dot - (i == j)) ** 2
+    assert float(calft.orthogonality(W)) == pytest.approx(math.sqrt(total), rel=1e-12)
+
+
+def test_orthogonality_closed_forms():
+    """Orthonormal columns: 0. Twice those, d of them: ||4I - I|| = 3 sqrt(d)."""
+    Q = torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64)).Q
+    assert float(calft.orthogonality(Q)) == pytest.approx(0, abs=1e-12)
+    assert float(calft.orthogonality(2 * Q)) == pytest.approx(3 * 2, rel=1e-12)
+
+
+def test_self_distillation_by_loops():
+    """The sum, not the mean, of the two directions; the teacher is the target."""
+    S, S_t = torch.randn(4, 4, dtype=torch.float64) * 3, torch.randn(4, 4, dtype=torch.float64) * 3
+
+    def direction(S, S_t):
+        total = 0.0
+        for row, target in zip(S.tolist(), S_t.tolist()):
+            z = sum(math.exp(x) for x in target)
+            total += sum(math.exp(x) / z * naive_cross_entropy(row, j) for j, x in enumerate(target))
+        return total / len(S)
+    expected = direction(S, S_t) + direction(S.T, S_t.T)
+    assert float(calft.self_distillation(S, S_t)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_self_distillation_has_the_gradient_of_kl():
+    """The paper writes KL, the code cross-entropy: they differ by the teacher's entropy alone."""
+    S = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    S_t = torch.randn(5, 5, dtype=torch.float64)
+    ours, = torch.autograd.grad(calft.self_distillation(S, S_t), S)
+    kl = sum(torch.nn.functional.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="batchmean")
+             for a, b in ((S, S_t), (S.T, S_t.T)))
+    theirs, = torch.autograd.grad(kl, S)
+    torch.testing.assert_close(ours, theirs)
+    own, = torch.autograd.grad(calft.self_distillation(S, S.detach()), S)
+    assert own.abs().max() < 1e-12                              # a student that is its teacher stays
+
+
+def test_cross_frobenius_by_entries():
+    W_v, W_t = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    total = sum(float((W_v[i] * W_t[j]).sum()) ** 2 for i in range(5) for j in range(4))
+    assert float(calft.cross_frobenius(W_v, W_t)) == pytest.approx(math.sqrt(total), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss, shapes", [
+    (lambda u, v: common.contrastive_loss(u, v, 5.0), [(4, 3), (4, 3)]),
+    (lambda tau: common.contrastive_loss(features(4, 3, 0), features(4, 3, 1), tau), [()]),
+    (calft.orthogonality, [(5, 3)]),
+    (lambda S: calft.self_distillation(S, torch.eye(4, dtype=torch.float64) * 3), [(4, 4)]),
+    (calft.cross_frobenius, [(5, 3), (4, 3)]),
+], ids=["contrastive", "logit_scale", "orthogonality", "self_distillation", "cross_frobenius"])
+def test_gradient_by_finite_differences(loss, shapes):
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_ema_momentum():
+    """0.05 at the start, 0.9 from a fifth of the run on, a line between."""
+    assert calft.ema_momentum(0, 1000) == pytest.approx(0.05)
+    assert calft.ema_momentum(100, 1000) == pytest.approx(0.475)
+    assert calft.ema_momentum(199, 1000) < 0.9
+    for step in (200, 201, 999):
+        assert calft.ema_momentum(step, 1000) == pytest.approx(0.9)
+
+
+def test_update_teacher_by_hand():
+    model = torch.nn.Linear(3, 2)
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.5)
+    expected = [0.7 * t + 0.3 * p for t, p in zip(teacher.parameters(), model.parameters())]
+    calft.update_teacher(teacher, model, 0.7)
+    for t, e in zip(teacher.parameters(), expected):
+        torch.testing.assert_close(t, e)
+
+
+@pytest.mark.parametrize("kind, d_in", [("vit", 32), ("resnet", 256), ("timm", 96)])
+def test_projections(clip, kind, d_in):
+    """u = h W_v for the features h before the projection: found for each kind of tower, and it is the last map."""
+    model, *_ = common.load_model(clip(kind), "", torch.device("cpu"))
+    W_v, W_t = calft.projections(model)
+    assert W_v.shape == (d_in, 24) and W_t.shape == (16, 24)
+    x = torch.randn(2, 3, 32, 32)
+    before = model.encode_image(x)
+    with torch.no_grad():
+        W_v.mul_(2)                                             # in place through the view: the parameter itself
+    after = model.encode_image(x)
+    bias = model.visual.attnpool.c_proj.bias if kind == "resnet" else 0
+    torch.testing.assert_close(after - bias, 2 * (before - bias), rtol=1e-4, atol=1e-5)
