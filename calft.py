@@ -149,7 +149,7 @@ def main(argv=None):
     loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
     bar = tqdm(total=total, initial=start, desc="CaRot", unit="step", disable=not main_process)
     since, clock = start, time.perf_counter()
-    for step, (images, labels, draws) in zip(range(start, total), loader):
+    for step, (images, labels, _, draws) in zip(range(start, total), loader):
         lr = common.cosine_lr(step, total, args.warmup, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -178,7 +178,7 @@ def main(argv=None):
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        common.average_gradients(model)
+        common.average_gradients(model.parameters())
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():

@@ -62,7 +62,8 @@ def cli(main):
 
 def flags(doc, out):
     """An ArgumentParser with the flags that all scripts share; `doc` is the script's docstring, `out` its folder."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=_Help, conflict_handler="resolve")
+    parser = argparse.ArgumentParser(description=doc, conflict_handler="resolve",
+                                     formatter_class=lambda prog: _Help(prog, max_help_position=26, width=110))
     add = parser.add_argument
     add("--data", metavar="ROOT", help="folder with train/<class>/* and val/<class>/*; each other image folder in it "
         "is a shift and is evaluated; without --data: the toy")
@@ -84,8 +85,8 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """Shows the docstring as it is, and the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        empty = action.default in (None, "", [], False)
-        return action.help if empty else super()._get_help_string(action)
+        silent = action.default in (None, "", []) or action.default is False
+        return action.help if silent else super()._get_help_string(action)
 
 
 def parse(parser, device, argv=None):
@@ -163,10 +164,10 @@ def gather(x):
     return _Gather.apply(x) if dist.is_initialized() else x
 
 
-def average_gradients(model):
+def average_gradients(parameters):
     """Mean of every parameter's gradient over the processes, in one flat all-reduce."""
     if dist.is_initialized():
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        grads = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
@@ -331,12 +332,17 @@ class Images(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.files)
 
+    def file(self, i):
+        return os.fsdecode(bytes(self.files[i]))                     # relative to base
+
     def path(self, i):
-        return os.path.join(self.base, os.fsdecode(bytes(self.files[i])))
+        return os.path.join(self.base, self.file(i))
+
+    def read(self, i):
+        return read_image(self.path(i))
 
     def take(self, keep, name):
-        return Images(name, self.base, [os.fsdecode(bytes(f)) for f in self.files[keep]], self.labels[keep],
-                      self.classes, self.classnames, self.columns)
+        return Images(name, self.base, self.files[keep], self.labels[keep], self.classes, self.classnames, self.columns)
 
 
 class Root:
@@ -434,7 +440,7 @@ def read_root(args, need_train=True):
         root.classes = sorted(set().union(*(p.classes for p in parts)))
         labels = [[root.classes.index(c) for c in p.classes] for p in parts]
         groups = [p.labels + 10**6 * i for i, p in enumerate(parts)]                 # a class of a training folder
-        train = Images("train", base, [os.fsdecode(bytes(f)) for p in parts for f in p.files],
+        train = Images("train", base, [f for p in parts for f in p.files],
                        np.concatenate([np.take(lab, p.labels) for lab, p in zip(labels, parts)]), root.classes)
     else:
         root.classes = sorted(set().union(*(_subfolders(where(d)) for d in args.train)))
@@ -503,7 +509,7 @@ def read_image(path):
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """Items (epoch, i) of Images: crop uint8 (3, S, S), label, and a random number that is free to use (templates).
+    """Items (epoch, i) of Images: crop uint8 (3, S, S), label, i, and a random number for the script's own draws.
 
     Crop and number are functions of (seed, epoch, i) alone: not of workers, ranks, or a resume.
     """
@@ -513,12 +519,12 @@ class TrainImages(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         epoch, i = item
-        image = read_image(self.images.path(i))
+        image = self.images.read(i)
         state = np.random.SeedSequence([self.seed, epoch, i]).generate_state(2, np.uint32)
         with torch.random.fork_rng(devices=[]):                      # transforms.v2 draws from the global generator
             torch.manual_seed(int(state[0]))
             image = self.preprocess(image)
-        return image, int(self.images.labels[i]), int(state[1])
+        return image, int(self.images.labels[i]), i, int(state[1])
 
 
 class Batches:
@@ -545,7 +551,7 @@ class Batches:
 
 
 def train_loader(images, preprocess, args, steps, device, start=0):
-    """Batches of (images uint8 (n, 3, S, S), labels (n,), random numbers (n,)) for steps start..steps-1."""
+    """Batches of (images uint8 (n, 3, S, S), labels (n,), indices (n,), draws (n,)) for steps start..steps-1."""
     return torch.utils.data.DataLoader(
         TrainImages(images, preprocess, args.seed), num_workers=args.workers, pin_memory=device.type == "cuda",
         batch_sampler=Batches(len(images), args.batch_size, steps, args.seed, start))
@@ -583,7 +589,7 @@ class _EvalImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         k = int(np.searchsorted(self.ends, i, side="right"))
-        return self.preprocess(read_image(self.sets[k].path(i - self.ends[k] + len(self.sets[k]))))
+        return self.preprocess(self.sets[k].read(i - self.ends[k] + len(self.sets[k])))
 
 
 @torch.no_grad()

@@ -141,9 +141,9 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(tiny_root, clip):
     torch.rand(100)
     item(0, 5, 3)
     again = item(0, 1, 2)
-    assert torch.equal(first[0], again[0]) and first[1:] == again[1:]
+    assert torch.equal(first[0], again[0]) and first[1:] == again[1:] and first[2] == 2
     for other in (item(1, 1, 2), item(0, 2, 2)):
-        assert not torch.equal(first[0], other[0]) and first[2] != other[2]
+        assert not torch.equal(first[0], other[0]) and first[3] != other[3]
     torch.set_rng_state(state)
     item(0, 0, 0)
     assert torch.equal(state, torch.get_rng_state())            # nobody else's randomness is touched
