@@ -18,14 +18,10 @@ confidence calibrated: the two quantities in the paper's bound on error and cali
     python calft.py --oc 0 --sd 0 --cross-fnorm 0                     # FLYP, the natural baseline
 """
 import copy
-import json
 import math
 import os
-import time
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 
@@ -108,8 +104,7 @@ def main(argv=None):
 
     device = common.setup()
     args = common.parse(parser, device, argv)
-    main_process = common.rank_world()[0] == 0
-    out = lambda name: os.path.join(args.out, name)                                                # noqa: E731
+    out = lambda name: os.path.join(args.out, name)
 
     # data, model, teacher, optimiser
     root = common.read_root(args)
@@ -128,13 +123,10 @@ def main(argv=None):
     # a new run, or the one that --out holds
     state, results = common.begin(args)
     if "sets" in results:
-        print(f"{args.out} holds this run, finished; --overwrite starts anew")
-        print(common.table({"zero-shot": results["zero_shot"], "fine-tuned": results}))
-        return
+        return common.report(results)
     if "zero_shot" not in results:                                   # before any training, so a broken set shows now
         results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device, title="zero-shot")
-        if main_process:
-            common.write_json(out("results.json"), results)
+        common.write_json(out("results.json"), results)
     start = 0
     if state:
         start = state["step"]
@@ -147,8 +139,7 @@ def main(argv=None):
     # the loop
     prepare = common.to_input(model, device)
     loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
-    bar = tqdm(total=total, initial=start, desc="CaRot", unit="step", disable=not main_process)
-    since, clock = start, time.perf_counter()
+    log = common.Log(args, total, start, "CaRot")
     for step, (images, labels, _, draws) in zip(range(start, total), loader):
         lr = common.cosine_lr(step, total, args.warmup, args.lr)
         for group in optimizer.param_groups:
@@ -186,32 +177,20 @@ def main(argv=None):
         if args.sd and step % args.ema_every == 0:
             update_teacher(teacher, model, ema_momentum(step, total))
 
-        bar.update()
-        done, saving = step + 1, (step + 1) % args.save_every == 0 or step + 1 == total
-        if saving or step % args.log_every == 0:                     # the only steps that wait for the device
-            line = {"step": step, "loss": loss.item(), **{k: t.item() for k, t in terms.items()}, "lr": lr,
-                    "images_per_s": args.batch_size * (done - since) / (time.perf_counter() - clock)}
-            if not math.isfinite(line["loss"]):
-                raise common.Abort(f"loss is {line['loss']} at step {step}; {args.out} keeps the last good checkpoint", 1)
-            since, clock = done, time.perf_counter()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {lr:.1e}, {line['images_per_s']:.0f} images/s")
-            if main_process:
-                with open(out("log.jsonl"), "a") as f:
-                    f.write(json.dumps(line) + "\n")
-        if saving and main_process:
-            common.save(out("last.pt"), step=done, model=model.state_dict(), optimizer=optimizer.state_dict(),
+        saving = (step + 1) % args.save_every == 0 or step + 1 == total
+        log.step(step, lr, {"loss": loss, **terms}, force=saving)
+        if saving:
+            common.save(out("last.pt"), step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
                         scaler=scaler.state_dict(), teacher=teacher.state_dict() if teacher else {})
-    bar.close()
+    log.bar.close()
 
     # export first, then evaluate
-    if main_process:
-        common.export(model, args.model, out("model"))
-        if teacher:
-            common.export(teacher, args.model, out("teacher"))
+    common.export(model, args.model, out("model"))
+    if teacher:
+        common.export(teacher, args.model, out("teacher"))
     results.update(common.evaluate(model, tokenizer, preprocess_val, root, args, device))
-    if main_process:
-        common.write_json(out("results.json"), results)
-        print(common.table({"zero-shot": results["zero_shot"], "fine-tuned": results}))
+    common.write_json(out("results.json"), results)
+    common.report(results)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import time
 
 import numpy as np
 import open_clip
@@ -36,6 +37,8 @@ class Abort(Exception):
     """Ends the program with one line on stderr: exit code 2 for wrong usage, 1 for a run that failed."""
 
     def __init__(self, message, code=2):
+        if message.startswith("Caught Abort in DataLoader"):         # from a worker torch hands over text: its last line
+            message, code = message.strip().splitlines()[-1].split(": ", 1)[1], 1
         super().__init__(message)
         self.code = code
 
@@ -267,11 +270,17 @@ def encode_text(model, tokens):
     return F.normalize(x.float(), dim=-1)                                                          # (N, d)
 
 
+def write_tensors(path, tensors, **metadata):
+    """Write safetensors, atomically; by the first process only. metadata: strings."""
+    if rank_world()[0] == 0:
+        with replacing(path) as f:
+            f.write(safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+
+
 def export(model, name, path):
     """Write the weights as an open_clip `local-dir:`; `name` is what the model was loaded as. float32 safetensors."""
     os.makedirs(path, exist_ok=True)
-    with replacing(os.path.join(path, "open_clip_model.safetensors")) as f:
-        f.write(safetensors.torch.save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}))
+    write_tensors(os.path.join(path, "open_clip_model.safetensors"), model.state_dict())
     write_json(os.path.join(path, "open_clip_config.json"),
                {"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": model.visual.preprocess_cfg})
 
@@ -429,7 +438,7 @@ def read_root(args, need_train=True):
     if not os.path.isdir(args.data):
         raise Abort(f"--data {args.data} is not a folder")
     root, base = Root(), args.data
-    where = lambda d: d if os.path.isabs(d) else os.path.join(base, d)                             # noqa: E731
+    where = lambda d: d if os.path.isabs(d) else os.path.join(base, d)
     for d in args.train:
         if not os.path.isdir(where(d)):
             raise Abort(f"--data {base} has no folder {d} (expected {where(d)}/<class>/*.jpg; --train names another)")
@@ -487,14 +496,22 @@ def read_root(args, need_train=True):
 # ---- reading images ------------------------------------------------------------------------------------------------
 
 def read_image(path):
-    """Decode an image file to uint8 RGB (3, H, W). Raises Abort (code 1) naming the file where nothing can.
+    """Read an image file as `decode` does. Raises Abort (code 1) naming the file."""
+    try:
+        with open(path, "rb") as f:
+            data = f.read()
+    except OSError as e:
+        raise Abort(f"{path}: cannot be read ({e.strerror})", code=1)
+    return decode(data, path)
+
+
+def decode(data, name):
+    """An encoded image (bytes) as uint8 RGB (3, H, W). Raises Abort (code 1) with `name` where nothing can.
 
     By torchvision, and by Pillow what torchvision refuses. 16-bit values are scaled down; of an animation the first
     frame counts; orientation tags are ignored, as by open_clip.
     """
     try:
-        with open(path, "rb") as f:
-            data = f.read()
         try:
             x = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
             x = x[0] if x.ndim == 4 else x
@@ -504,8 +521,8 @@ def read_image(path):
                 if image.mode.startswith("I"):                       # 16-bit grey, which convert() would clip
                     image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
                 return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except Exception as e:
-        raise Abort(f"{path}: not readable as an image ({type(e).__name__}: {' '.join(str(e).split())[:120]})", code=1)
+    except Exception as e:                                           # Pillow raises whatever its plugins raise
+        raise Abort(f"{name}: not readable as an image ({type(e).__name__}: {' '.join(str(e).split())[:120]})", code=1)
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -550,11 +567,11 @@ class Batches:
             yield [(epoch, int(self.order(epoch)[i])) for epoch, i in places]
 
 
-def train_loader(images, preprocess, args, steps, device, start=0):
+def train_loader(images, preprocess, args, steps, device, start=0, batch_size=None):
     """Batches of (images uint8 (n, 3, S, S), labels (n,), indices (n,), draws (n,)) for steps start..steps-1."""
     return torch.utils.data.DataLoader(
         TrainImages(images, preprocess, args.seed), num_workers=args.workers, pin_memory=device.type == "cuda",
-        batch_sampler=Batches(len(images), args.batch_size, steps, args.seed, start))
+        batch_sampler=Batches(len(images), batch_size or args.batch_size, steps, args.seed, start))
 
 
 def total_steps(args, n):
@@ -578,10 +595,10 @@ def ece(confidence, correct, bins=15):
 
 
 class _EvalImages(torch.utils.data.Dataset):
-    """All images of several sets, one after the other, ready for the model."""
+    """All images of several sets, one after the other, ready for the model, and whether they could be read."""
 
-    def __init__(self, sets, preprocess):
-        self.sets, self.preprocess = sets, preprocess
+    def __init__(self, sets, preprocess, skip):
+        self.sets, self.preprocess, self.skip = sets, preprocess, skip
         self.ends = np.cumsum([len(s) for s in sets])
 
     def __len__(self):
@@ -589,24 +606,30 @@ class _EvalImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         k = int(np.searchsorted(self.ends, i, side="right"))
-        return self.preprocess(self.sets[k].read(i - self.ends[k] + len(self.sets[k])))
+        try:
+            return self.preprocess(self.sets[k].read(i - self.ends[k] + len(self.sets[k]))), True
+        except Abort:
+            if not self.skip:
+                raise
+            return self.preprocess(torch.zeros(3, 8, 8, dtype=torch.uint8)), False
 
 
 @torch.no_grad()
-def image_features(model, sets, preprocess, args, device, title="evaluating"):
+def image_features(model, sets, preprocess, args, device, title="evaluating", skip=False):
     """Features (n, d) of every set of Images, float32 on the CPU, in file order; every process gets all of them.
 
-    Process r reads images r, r + world, ...: each image once, whatever the sizes.
+    An unreadable image ends the program, or with `skip` has NaN for features. Process r reads images r, r + world, ...: each image once, whatever the sizes.
     """
     rank, world = rank_world()
-    images, prepare = _EvalImages(sets, preprocess), to_input(model, device)
+    images, prepare = _EvalImages(sets, preprocess, skip), to_input(model, device)
     mine = torch.utils.data.Subset(images, range(rank, len(images), world))
     loader = torch.utils.data.DataLoader(mine, max(1, args.batch_size // world), num_workers=args.workers,
                                          pin_memory=device.type == "cuda")
     parts = []
-    for x in tqdm(loader, title, unit="batch", leave=False, disable=rank != 0):
+    for x, readable in tqdm(loader, title, unit="batch", leave=False, disable=rank != 0):
         with autocast(device, args.precision):
             parts.append(encode_image(model, prepare(x)).cpu())
+        parts[-1][~readable] = math.nan
     features = torch.cat(parts)
     if world > 1:                                                    # pad the shorter shares, interleave, cut
         full = torch.zeros(-(-len(images) // world), features.shape[1])
@@ -664,7 +687,7 @@ def table(columns):
     """The results of several models on the same sets, {title: evaluate(...)}, as text: top-1 and ECE in percent."""
     first = next(iter(columns.values()))
     wide = max(14, *(len(name) + 2 for name in first["sets"]))
-    lines = [" " * (wide + 16) + "".join(f"{title:>18}" for title in columns),
+    lines = [" " * (wide + 16) + "".join(f"{title[-17:]:>18}" for title in columns),
              f"{'set':<{wide}}{'images':>8}{'classes':>8}" + f"{'top-1':>10}{'ECE':>8}" * len(columns)]
 
     def row(name, n, classes, cells):
@@ -678,6 +701,12 @@ def table(columns):
     if any(r["head"] == "zero-shot" for r in first["sets"].values()):
         lines.append("* classes that were not trained on: zero-shot head from the model's text tower, not in the mean")
     return "\n".join(lines)
+
+
+def report(results):
+    """Print the closing table of a run: zero-shot beside fine-tuned."""
+    if rank_world()[0] == 0:
+        print(table({"zero-shot": results["zero_shot"], "fine-tuned": results}))
 
 
 # ---- schedule and files --------------------------------------------------------------------------------------------
@@ -700,8 +729,10 @@ def replacing(path):
 
 
 def write_json(path, data):
-    with replacing(path) as f:
-        f.write(json.dumps(data, indent=1).encode())
+    """Write JSON, atomically; by the first process only."""
+    if rank_world()[0] == 0:
+        with replacing(path) as f:
+            f.write(json.dumps(data, indent=1).encode())
 
 
 def read_json(path):
@@ -710,9 +741,38 @@ def read_json(path):
 
 
 def save(path, **state):
-    """Write a checkpoint, atomically."""
-    with replacing(path) as f:
-        torch.save(state, f)
+    """Write a checkpoint, atomically; by the first process only."""
+    if rank_world()[0] == 0:
+        with replacing(path) as f:
+            torch.save(state, f)
+
+
+class Log:
+    """The progress bar and log.jsonl of a run. `step` says every --log-every steps, and before a checkpoint, how it goes."""
+
+    def __init__(self, args, total, start, title):
+        self.args, self.since, self.clock = args, start, time.perf_counter()
+        self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=rank_world()[0] != 0)
+
+    def step(self, step, lr, terms, force=False):
+        """terms: {name: scalar tensor}, "loss" among them; their mean over the processes is logged. Raises Abort
+        (code 1) for a loss that is not finite. The one place in a step that waits for the device."""
+        self.bar.update()
+        if not force and step % self.args.log_every:
+            return
+        values = torch.stack([t.detach().float() for t in terms.values()])
+        if dist.is_initialized():
+            dist.all_reduce(values)
+        line = {"step": step, **dict(zip(terms, (values / rank_world()[1]).tolist())), "lr": lr}
+        if not math.isfinite(line["loss"]):
+            raise Abort(f"the loss is {line['loss']} at step {step}; {self.args.out} keeps the last good checkpoint", 1)
+        now = time.perf_counter()
+        line["images_per_s"] = round(self.args.batch_size * (step + 1 - self.since) / (now - self.clock), 1)
+        self.since, self.clock = step + 1, now
+        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, lr {lr:.1e}, {line['images_per_s']:.0f} images/s")
+        if rank_world()[0] == 0:
+            with open(os.path.join(self.args.out, "log.jsonl"), "a") as f:
+                f.write(json.dumps(line) + "\n")
 
 
 def begin(args):

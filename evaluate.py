@@ -2,12 +2,16 @@
 """Accuracy and calibration of any CLIP on val and every shift of a ROOT: one model, or several side by side.
 
     python evaluate.py --data ROOT --model local-dir:out/calft/model
-    python evaluate.py --data ROOT --model ViT-B-16-quickgelu local-dir:out/calft/model local-dir:out/calft/teacher
+    python evaluate.py --data ROOT --model ViT-B-16-quickgelu out/calft out/carft local-dir:out/calft/teacher
 
-A model is local-dir:PATH (what the training scripts export) or an open_clip name with --pretrained. Each is scored
-with the zero-shot head of its own text tower, as the training scripts score it.
+A model is the folder of a run, local-dir:PATH (what runs export), or an open_clip name with --pretrained. Each is
+scored as the training scripts score it: with the zero-shot head of its own text tower, or with the head that carft.py
+trained, where there is one for the classes of this ROOT.
 """
+import json
 import os
+
+import safetensors
 
 import common
 
@@ -16,19 +20,28 @@ import common
 def main(argv=None):
     parser = common.flags(__doc__, out="out/evaluate")
     parser.set_defaults(batch_size=256)
-    parser.add_argument("--model", nargs="+", help="open_clip names or local-dir:PATH, any number")
+    parser.add_argument("--model", nargs="+", default=["ViT-B-16-quickgelu"], help="runs, open_clip names, local-dir:PATH")
     device = common.setup()
     args = common.parse(parser, device, argv)
 
     root = common.read_root(args, need_train=False)
     columns = {}
     for name in [args.model] if isinstance(args.model, str) else args.model:
+        if os.path.isdir(os.path.join(name, "model")):               # the folder of a run
+            name = "local-dir:" + os.path.join(name, "model")
         model, _, preprocess, tokenizer = common.load_model(name, args.pretrained, device)
-        title = os.path.normpath(name.removeprefix("local-dir:"))
-        columns[title] = common.evaluate(model, tokenizer, preprocess, root, args, device, title=title)
+        title, head = os.path.normpath(name.removeprefix("local-dir:")), None
+        trained = os.path.join(os.path.dirname(title), "head.safetensors")
+        if os.path.basename(title) == "model" and os.path.isfile(trained):
+            with safetensors.safe_open(trained, "pt") as f:
+                if json.loads(f.metadata()["classes"]) == root.classes:
+                    head = f.get_tensor("W_cls")
+                else:
+                    print(f"{trained} was trained on other classes: zero-shot head")
+        columns[title] = common.evaluate(model, tokenizer, preprocess, root, args, device, head, title)
+    os.makedirs(args.out, exist_ok=True)
+    common.write_json(os.path.join(args.out, "results.json"), columns)
     if common.rank_world()[0] == 0:
-        os.makedirs(args.out, exist_ok=True)
-        common.write_json(os.path.join(args.out, "results.json"), columns)
         print(common.table(columns))
 
 

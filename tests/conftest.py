@@ -2,6 +2,7 @@
 """Tiny roots and tiny CLIPs for the tests; ../shared/data is used where it is there."""
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -9,12 +10,13 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 REPO = os.path.dirname(HERE)
 SHARED = os.path.join(os.path.dirname(REPO), "shared", "data")
 sys.path[:0] = [REPO, HERE]
+import common  # noqa: E402
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 VISION = {
@@ -55,6 +57,95 @@ def write_images(folder, classes, count=3, seed=0, size=(40, 36)):
             base = np.array([37 * k % 256, 91 * k % 256, 150 * k % 256])
             pixels = np.clip(base + rng.normal(0, 40, (*size, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(os.path.join(folder, c, f"{i}.png"))
+
+
+BASE = ["--batch-size", "8", "--lr", "1e-3", "--warmup", "2", "--epochs", "100", "--workers", "0", "--log-every", "1"]
+
+
+def run(script, root, model, out, *flags, steps=4):
+    """A few steps of a script on a tiny root; its results.json."""
+    script.main(["--data", str(root), "--model", model, "--out", str(out), "--max-steps", str(steps), *BASE, *flags])
+    return json.load(open(f"{out}/results.json"))
+
+
+def weights(out, which="model"):
+    return load_file(f"{out}/{which}/open_clip_model.safetensors")
+
+
+def log(out):
+    """log.jsonl without its timings."""
+    lines = [json.loads(line) for line in open(f"{out}/log.jsonl")]
+    for line in lines:
+        del line["images_per_s"]
+    return lines
+
+
+SPY = """
+import sys, torch
+sys.path.insert(0, {repo!r})
+import common, {script}
+average = common.average_gradients
+def spy(parameters):
+    parameters = list(parameters)
+    average(parameters)
+    if common.rank_world()[0] == 0 and not hasattr(spy, "done"):
+        spy.done = torch.save([p.grad for p in parameters], {file!r}) or True
+common.average_gradients = spy
+{script}.main(sys.argv[1:])
+"""
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def assert_two_processes_are_one(script, root, model, tmp_path, *flags):
+    """torchrun with two processes: the first step's gradients of one at the same global batch, its losses, its table."""
+    results, grads = [], []
+    for n in (1, 2):
+        code, file, out = tmp_path / f"spy{n}.py", str(tmp_path / f"grads{n}.pt"), str(tmp_path / f"out{n}")
+        code.write_text(SPY.format(repo=REPO, file=file, script=script))
+        launch = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                                                  "--master_port", str(20000 + os.getpid() % 20000)]
+        done = subprocess.run([*launch, str(code), "--data", root, "--model", model, "--max-steps", "5", *BASE, "--out", out,
+                               *flags], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        grads.append(torch.load(file, weights_only=True))
+        results.append(json.load(open(f"{out}/results.json")))
+    for one, two in zip(*grads, strict=True):
+        assert (one is None) == (two is None)
+        assert one is None or (one - two).norm() <= 1e-5 * one.norm() + 1e-9
+    for a, b in zip(log(tmp_path / "out1"), log(tmp_path / "out2"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+    for name, s in results[0]["sets"].items():
+        assert s["n"] == results[1]["sets"][name]["n"]
+        assert abs(s["top1"] - results[1]["sets"][name]["top1"]) <= 0.005
+        assert s["nll"] == pytest.approx(results[1]["sets"][name]["nll"], rel=1e-3)
+
+
+class Cut(Exception):
+    """Stands for a kill."""
+
+
+def assert_continues_to_the_same_bytes(script, root, model, tmp_path, monkeypatch, *flags, exports=("model",)):
+    """A run cut in step 4, past the checkpoint of step 3, and started again, is the uninterrupted run."""
+    whole = run(script, root, model, tmp_path / "whole", *flags, steps=7)
+    lr = common.cosine_lr
+
+    def cut(step, *a):
+        if step == 5:
+            raise Cut
+        return lr(step, *a)
+    monkeypatch.setattr(common, "cosine_lr", cut)
+    with pytest.raises(Cut):
+        run(script, root, model, tmp_path / "cut", *flags, "--save-every", "3", steps=7)
+    monkeypatch.setattr(common, "cosine_lr", lr)
+    assert not os.path.exists(tmp_path / "cut" / "model")
+    resumed = run(script, root, model, tmp_path / "cut", *flags, "--save-every", "3", "--workers", "1", steps=7)
+    assert whole == resumed and log(tmp_path / "whole") == log(tmp_path / "cut")
+    for which in exports:
+        a, b = weights(tmp_path / "whole", which), weights(tmp_path / "cut", which)
+        assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="session")

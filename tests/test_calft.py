@@ -20,31 +20,12 @@ from safetensors.torch import load_file
 import calft
 import common
 import evaluate
-from conftest import REPO, SHARED, write_images
+from conftest import (BASE, REPO, SHARED, assert_continues_to_the_same_bytes, assert_two_processes_are_one, environment, log,
+                      run, weights)
 
 CPU = torch.device("cpu")
-BASE = ["--batch-size", "8", "--lr", "1e-3", "--warmup", "2", "--epochs", "100", "--ema-every", "2", "--workers", "0",
-        "--log-every", "1"]
-
-
-def run(root, model, out, *flags, steps=4):
-    calft.main(["--data", str(root), "--model", model, "--out", str(out), "--max-steps", str(steps), *BASE, *flags])
-    return json.load(open(f"{out}/results.json"))
-
-
-def weights(out, which="model"):
-    return load_file(f"{out}/{which}/open_clip_model.safetensors")
-
-
-def log(out):
-    lines = [json.loads(line) for line in open(f"{out}/log.jsonl")]
-    for line in lines:
-        del line["images_per_s"]
-    return lines
-
-
 def test_end_to_end(tiny_root, clip, tmp_path, capsys):
-    results = run(tiny_root, clip(), tmp_path / "out", "--precision", "fp32")
+    results = run(calft, tiny_root, clip(), tmp_path / "out", "--precision", "fp32")
     assert set(os.listdir(tmp_path / "out")) == {"args.json", "log.jsonl", "last.pt", "model", "teacher", "results.json"}
     for scores in (results, results["zero_shot"]):
         assert list(scores["sets"]) == ["val", "few", "other", "sketch"]
@@ -69,7 +50,7 @@ def test_end_to_end(tiny_root, clip, tmp_path, capsys):
 
 def test_training_is_a_plain_loop(tiny_root, clip, tmp_path):
     """Four steps of CaRot written out with open_clip, stock AdamW and no helper of ours but the batches."""
-    run(tiny_root, clip(), tmp_path / "out")
+    run(calft, tiny_root, clip(), tmp_path / "out", "--ema-every", "2")
     model = open_clip.create_model(clip()).eval()
     teacher = copy.deepcopy(model)
     tokenizer = open_clip.get_tokenizer(clip())
@@ -110,7 +91,7 @@ def test_training_is_a_plain_loop(tiny_root, clip, tmp_path):
 
 
 def test_flyp_is_the_contrastive_loss_alone(tiny_root, clip, tmp_path):
-    run(tiny_root, clip(), tmp_path / "out", "--oc", "0", "--sd", "0", "--cross-fnorm", "0")
+    run(calft, tiny_root, clip(), tmp_path / "out", "--oc", "0", "--sd", "0", "--cross-fnorm", "0")
     assert not os.path.exists(tmp_path / "out" / "teacher")
     assert all(line["loss"] == line["contrastive"] for line in log(tmp_path / "out"))
 
@@ -118,7 +99,7 @@ def test_flyp_is_the_contrastive_loss_alone(tiny_root, clip, tmp_path):
 @pytest.mark.parametrize("kind, extra", [("vit", {}), ("vit", {"custom_text": True}), ("resnet", {}), ("timm", {})])
 def test_towers(tiny_root, clip, tmp_path, kind, extra):
     """Every kind of tower trains, all its parameters move but none of BatchNorm's statistics does."""
-    run(tiny_root, clip(kind, **extra), tmp_path / "out", steps=2)
+    run(calft, tiny_root, clip(kind, **extra), tmp_path / "out", steps=2)
     before, after = load_file(clip(kind, **extra)[10:] + "/open_clip_model.safetensors"), weights(tmp_path / "out")
     for name in before:
         statistics = "running_" in name or "num_batches" in name
@@ -127,56 +108,45 @@ def test_towers(tiny_root, clip, tmp_path, kind, extra):
 
 def test_a_tower_without_projection_says_so(tiny_root, clip, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
-        run(tiny_root, clip("attention-pool"), tmp_path / "out")
+        run(calft, tiny_root, clip("attention-pool"), tmp_path / "out")
     assert e.value.code == 2 and "--oc 0" in capsys.readouterr().err
-    run(tiny_root, clip("attention-pool"), tmp_path / "out", "--oc", "0", "--cross-fnorm", "0", steps=1)
+    run(calft, tiny_root, clip("attention-pool"), tmp_path / "out", "--oc", "0", "--cross-fnorm", "0", steps=1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_low_precision(tiny_root, clip, tmp_path, precision):
     """Towers in low precision, losses and weights in float32: near the fp32 run."""
-    run(tiny_root, clip(), tmp_path / "fp32")
-    run(tiny_root, clip(), tmp_path / "low", "--precision", precision)
+    run(calft, tiny_root, clip(), tmp_path / "fp32")
+    run(calft, tiny_root, clip(), tmp_path / "low", "--precision", precision)
     for a, b in zip(log(tmp_path / "fp32"), log(tmp_path / "low")):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.05) and a["loss"] != b["loss"]
     assert all(w.dtype == torch.float32 for w in weights(tmp_path / "low").values())
 
 
-def test_an_interrupted_run_continues_to_the_same_bytes(tiny_root, clip, tmp_path, monkeypatch, capsys):
-    whole = run(tiny_root, clip(), tmp_path / "whole", steps=7)
-    first, again = calft.update_teacher, calft.update_teacher
+def test_an_interrupted_run_continues_to_the_same_bytes(tiny_root, clip, tmp_path, monkeypatch):
+    assert_continues_to_the_same_bytes(calft, tiny_root, clip(), tmp_path, monkeypatch, "--ema-every", "2",
+                                       exports=("model", "teacher"))
 
-    def stop(*a):
-        if len(calls := stop.__dict__.setdefault("calls", [])) == 2:        # in step 4, past the checkpoint of step 3
-            raise KeyboardInterrupt
-        calls.append(1)
-        first(*a)
-    monkeypatch.setattr(calft, "update_teacher", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny_root, clip(), tmp_path / "cut", "--save-every", "3", steps=7)
-    monkeypatch.setattr(calft, "update_teacher", again)
-    assert not os.path.exists(tmp_path / "cut" / "model")
-    cut = run(tiny_root, clip(), tmp_path / "cut", "--save-every", "3", "--workers", "1", steps=7)
-    assert whole == cut and log(tmp_path / "whole") == log(tmp_path / "cut")
-    for which in ("model", "teacher"):
-        a, b = weights(tmp_path / "whole", which), weights(tmp_path / "cut", which)
-        assert all(torch.equal(a[k], b[k]) for k in a)
-    # finished: the table again, nothing written; other flags: refused by name; --overwrite: anew
-    stamp = os.path.getmtime(tmp_path / "cut" / "last.pt")
-    run(tiny_root, clip(), tmp_path / "cut", steps=7)
-    assert os.path.getmtime(tmp_path / "cut" / "last.pt") == stamp and "finished" in capsys.readouterr().out
+
+def test_a_folder_that_holds_a_run(tiny_root, clip, tmp_path, capsys):
+    """Finished: its table, nothing written. Other flags: refused by name. --overwrite: anew."""
+    out = tmp_path / "out"
+    run(calft, tiny_root, clip(), out)
+    stamp, table = os.stat(out / "last.pt").st_mtime_ns, capsys.readouterr().out
+    run(calft, tiny_root, clip(), out, "--workers", "1")
+    assert os.stat(out / "last.pt").st_mtime_ns == stamp and capsys.readouterr().out == table
     with pytest.raises(SystemExit) as e:
-        run(tiny_root, clip(), tmp_path / "cut", "--oc", "0.3", steps=7)
+        run(calft, tiny_root, clip(), out, "--oc", "0.3")
     assert e.value.code == 2 and "--oc 0.2" in capsys.readouterr().err
-    assert os.path.getmtime(tmp_path / "cut" / "last.pt") == stamp
-    run(tiny_root, clip(), tmp_path / "cut", "--oc", "0.3", "--overwrite", steps=2)
-    assert len(log(tmp_path / "cut")) == 2
+    assert os.stat(out / "last.pt").st_mtime_ns == stamp
+    run(calft, tiny_root, clip(), out, "--oc", "0.3", "--overwrite", steps=2)
+    assert len(log(out)) == 2
 
 
-def test_the_seed_is_the_run(tiny_root, clip, tmp_path):
+def test_the_seed_is_the_run(calft, tiny_root, clip, tmp_path):
     """Same seed, same bytes, whatever the workers; another seed, another run."""
     for out, flags in (("a", []), ("b", ["--workers", "2"]), ("c", ["--seed", "1"])):
-        run(tiny_root, clip(), tmp_path / out, *flags)
+        run(calft, tiny_root, clip(), tmp_path / out, *flags)
     a, b, c = (weights(tmp_path / out)["visual.proj"] for out in "abc")
     assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -184,7 +154,7 @@ def test_the_seed_is_the_run(tiny_root, clip, tmp_path):
 # ---- evaluation
 
 def test_evaluate_gives_the_same_table(tiny_root, clip, tmp_path, capsys):
-    results = run(tiny_root, clip(), tmp_path / "out")
+    results = run(calft, tiny_root, clip(), tmp_path / "out")
     capsys.readouterr()
     model = f"local-dir:{tmp_path}/out/model"
     for batch in ("3", "64"):                                   # ... whatever the batch
@@ -205,7 +175,7 @@ def test_scores_of_subsets_and_unseen_classes_by_hand(tiny_root, clip, tmp_path)
     model, _, transform = open_clip.create_model_and_transforms(name)
     model.eval()
     tokenizer, templates = open_clip.get_tokenizer(name), ["a photo of a {}.", "a sketch of the {}.", "art of a {}."]
-    results = run(tiny_root, name, tmp_path / "out", steps=1)["zero_shot"]["sets"]
+    results = run(calft, tiny_root, name, tmp_path / "out", steps=1)["zero_shot"]["sets"]
     for folder, classes in (("few", ["bee", "dog", "sea eel"]), ("other", ["bee", "fox", "hen"])):
         W = open_clip.build_zero_shot_classifier(model, tokenizer, classes, templates)
         loss = []
@@ -245,7 +215,7 @@ BAD = {
 @pytest.mark.parametrize("flags, culprit", BAD.values(), ids=BAD)
 def test_bad_input(tiny_root, clip, tmp_path, capsys, flags, culprit):
     with pytest.raises(SystemExit) as e:
-        run(tiny_root, clip(), tmp_path / "out", *flags)
+        run(calft, tiny_root, clip(), tmp_path / "out", *flags)
     err = capsys.readouterr().err.strip()
     assert e.value.code == 2 and culprit in err.splitlines()[-1] and "Traceback" not in err
     assert not os.path.exists(tmp_path / "out")
@@ -253,11 +223,7 @@ def test_bad_input(tiny_root, clip, tmp_path, capsys, flags, culprit):
 
 # ---- processes
 
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def test_two_files_copied_alone_run(tiny_root, clip, tmp_path):
+def test_two_files_copied_alone_run(calft, tiny_root, clip, tmp_path):
     """Copying calft.py and common.py into a new project is all it takes; without tests/ it asks for --data."""
     for file in ("calft.py", "common.py"):
         shutil.copy(os.path.join(REPO, file), tmp_path)
@@ -269,41 +235,9 @@ def test_two_files_copied_alone_run(tiny_root, clip, tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--data" in done.stderr
 
 
-SPY = """
-import sys, torch
-sys.path.insert(0, {repo!r})
-import calft, common
-average = common.average_gradients
-def spy(parameters):
-    parameters = list(parameters)
-    average(parameters)
-    if common.rank_world()[0] == 0 and not hasattr(spy, "done"):
-        spy.done = torch.save([p.grad for p in parameters], {file!r}) or True
-common.average_gradients = spy
-calft.main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_two_processes_are_one(tiny_root, clip, tmp_path, kind):
-    """torchrun with two processes: the gradients of one at the same global batch, and its table."""
-    flags = ["--data", tiny_root, "--model", clip(kind), "--max-steps", "5", *BASE]
-    results, grads = [], []
-    for n in (1, 2):
-        script, file, out = tmp_path / f"spy{n}.py", str(tmp_path / f"grads{n}.pt"), str(tmp_path / f"out{n}")
-        script.write_text(SPY.format(repo=REPO, file=file))
-        launch = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                                                  "--master_port", str(20000 + os.getpid() % 20000)]
-        done = subprocess.run([*launch, str(script), *flags, "--out", out], env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        grads.append(torch.load(file, weights_only=True))
-        results.append(json.load(open(f"{out}/results.json")))
-    for one, two in zip(*grads, strict=True):
-        assert (one - two).norm() <= 1e-5 * one.norm() + 1e-9
-    for name, s in results[0]["sets"].items():
-        assert s["n"] == results[1]["sets"][name]["n"]
-        assert abs(s["top1"] - results[1]["sets"][name]["top1"]) <= 0.005
-        assert s["nll"] == pytest.approx(results[1]["sets"][name]["nll"], rel=1e-3)
+    assert_two_processes_are_one("calft", tiny_root, clip(kind), tmp_path, "--ema-every", "2")
 
 
 # ---- ImageNet's layout

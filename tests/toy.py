@@ -108,7 +108,7 @@ def _noise(n, cells, g, size):
 def draw(style, shape, pattern, colour, size, ground, g):
     """Draw n objects in one style: shape, pattern, colour, size, ground are (n,) long; uint8 (n, 3, 32, 32)."""
     n, S = len(shape), 2 * SIZE                                                     # drawn twice as large, then averaged
-    uni = lambda lo, hi: lo + (hi - lo) * torch.rand(n, generator=g)                # noqa: E731
+    uni = lambda lo, hi: lo + (hi - lo) * torch.rand(n, generator=g)
     scale, turn = (.62 + .13 * size) * uni(.95, 1.05), uni(-.35, .35)
     cx, cy = uni(-.12, .12), uni(-.12, .12)
     t = (torch.arange(S) + .5) / S * 2 - 1
@@ -205,7 +205,7 @@ def words_in_use():
     return tokenizer(texts).unique()
 
 
-def pretrain(steps=4000, batch=256, lr=1e-3, images=60000, seed=0):
+def pretrain(steps=2000, batch=256, lr=1e-3, images=60000, seed=0):
     """Train the toy CLIP from scratch with the contrastive loss and write WEIGHTS: float16, about 2 MB.
 
     Images of all 48 classes in all styles, colours drawn freely; half of the captions are a template of the style,

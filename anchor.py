@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: MIT
+"""ARF: anchor-based robust fine-tuning of CLIP (Han et al., CVPR 2024, arXiv 2404.06244).
+
+    loss = CE2(tau u v^T) + cap * CE2(tau u c^T) + ret * CE2(tau a b^T)
+
+    u, v, c (N, d)       features of a batch of images, of their class prompts, and of captions of the same images
+    a, b (R, d)          features of retrieved images and of their own texts; R = N, or all there are if fewer
+    tau, CE2             exp(logit_scale); CLIP's symmetric contrastive loss. All features are L2-normalised
+
+"a photo of a [CLASS]" says little, and tuning on it alone forgets the rest. Two anchors hold the feature space where
+CLIP's pretraining put it: the text-compensated anchor (captions of the training images, by a captioner) and the
+image-text-pair anchor (pairs like CLIP's own, retrieved from a pool by similarity to the training images).
+
+What the paper's text confirms: the two anchors, a pretrained captioner, retrieval according to the downstream task,
+and contrast on each. Our reading: weights of 1 each (--cap, --ret), retrieval by the untuned model's image features
+with k = 1, CoCa for the paper's BLIP-2, and the recipe, which is FLYP's (no code was released).
+
+    python anchor.py                                                  # the toy, on a CPU
+    python anchor.py --data /imagenet --captions captions.tsv --pool '/cc3m/{00000..00331}.tar'
+    python anchor.py --data /imagenet --caption-model coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k
+    python anchor.py --cap 0 --ret 0                                  # FLYP, the natural baseline
+"""
+import hashlib
+import itertools
+import math
+import os
+import re
+import tarfile
+
+import numpy as np
+import safetensors
+import torch
+from tqdm import tqdm
+
+import common
+
+
+# ---- text-compensated anchors: captions of the training images -----------------------------------------------------
+
+def read_captions(path, images):
+    """Captions of every image of `images` (common.Images): [[caption, ...], ...]. Raises Abort.
+
+    The file: a header line, then path relative to ROOT, tab, caption; several lines a path are several captions.
+    """
+    index, captions = {images.file(i): i for i in range(len(images))}, [[] for _ in range(len(images))]
+    for line, (file, text) in read_tsv(path, "path<TAB>caption"):
+        if file in index:
+            if text in captions[index[file]]:
+                raise common.Abort(f"{path} line {line}: the same caption twice for {file}")
+            captions[index[file]].append(text)
+        elif not os.path.isfile(os.path.join(images.base, file)):    # of an image held out it says nothing
+            raise common.Abort(f"{path} line {line}: there is no image {os.path.join(images.base, file)}")
+    without = [i for i, c in enumerate(captions) if not c]
+    if without:
+        raise common.Abort(f"{path} has no caption for {len(without)} training images, {images.file(without[0])} first")
+    return captions
+
+
+def read_tsv(path, expected):
+    """Lines 2, 3, ... of a file of two tab-separated columns: (line number, (left, right)). Raises Abort."""
+    try:
+        lines = open(path, encoding="utf-8").read().split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise common.Abort(f"{path} cannot be read as UTF-8 text ({e})")
+    for number, line in enumerate(lines[1:], 2):
+        if line.strip():
+            parts = [part.strip() for part in line.split("\t")]
+            if len(parts) != 2 or not all(parts):
+                raise common.Abort(f"{path} line {number}: expected {expected}, found {line[:80]!r}")
+            yield number, parts
+
+
+@torch.no_grad()
+def greedy_captions(coca, images, length=30, start=49406, end=49407):
+    """Greedy decoding: normalised images (N, 3, S, S) -> tokens (N, at most length), 0 after the end token.
+
+    Each image is encoded once. open_clip's own `generate` needs names that transformers 5 no longer has.
+    """
+    latent, embeddings = coca._encode_image(images)
+    tokens = torch.full((len(images), 1), start, device=images.device)
+    ended = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    while tokens.shape[1] < length and not ended.all():
+        logits = coca(None, tokens, image_latent=latent, image_embs=embeddings, output_labels=False)["logits"]
+        following = logits[:, -1].argmax(-1).masked_fill(ended, 0)                                 # (N,)
+        tokens, ended = torch.cat([tokens, following[:, None]], 1), ended | (following == end)
+    return tokens
+
+
+def write_captions(path, name, images, args, device):
+    """Caption every image of `images` by open_clip's CoCa `name` (NAME:TAG), in batches, to `path`.
+
+    Lines go to path.partial as they come; after a kill the next call goes on behind the last whole line.
+    """
+    if torch.distributed.is_initialized():
+        raise common.Abort("--caption-model works in one process; run it once without torchrun, then give --captions")
+    coca, _, preprocess, tokenizer = common.load_model(*(name.rsplit(":", 1) if name.count(":") == 1 and
+                                                         not name.startswith("local-dir:") else (name, "")), device)
+    if not hasattr(coca, "text_decoder"):
+        raise common.Abort(f"--caption-model {name} cannot write; it must be a CoCa")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    partial, header, done = path + ".partial", "path\tcaption\n", 0
+    if os.path.isfile(partial):
+        whole = [line for line in open(partial, encoding="utf-8", newline="\n") if line.endswith("\n")]
+        done = max(0, len(whole) - 1)
+    with open(partial, "r+" if done else "w", encoding="utf-8", newline="\n") as f:
+        f.write(header if not done else "".join(whole))
+        f.truncate()
+        todo = images.take(np.arange(done, len(images)), "train")
+        loader = torch.utils.data.DataLoader(common._EvalImages([todo], preprocess, False), args.batch_size,
+                                             num_workers=args.workers)
+        prepare, at = common.to_input(coca, device), 0
+        with tqdm(total=len(images), initial=done, desc="captions", unit="image") as bar:
+            for x, _ in loader:
+                with common.autocast(device, args.precision):
+                    tokens = greedy_captions(coca, prepare(x)).cpu()
+                for row in tokens.tolist():
+                    text = tokenizer.decode([t for t in row if t not in (0, 49406, 49407)])
+                    f.write(f"{todo.file(at)}\t{' '.join(text.split()) or 'an image'}\n")
+                    at += 1
+                f.flush()
+                bar.update(len(x))
+    os.replace(partial, path)
+
+
+# ---- image-text-pair anchors: a pool, and what is retrieved from it ------------------------------------------------
+
+class Pairs(torch.utils.data.Dataset):
+    """Image-text pairs: image i is `size` bytes at `offset` of a file (size -1: all of it), its text is texts[i]."""
+
+    def __init__(self, files, where, texts):
+        self.files, self.where, self.texts = np.array([os.fsencode(f) for f in files]), where, texts
+        self.labels = np.zeros(len(texts), np.int64)                 # as Images has them, so loaders take both
+
+    def __len__(self):
+        return len(self.texts)
+
+    def read(self, i):
+        file, offset, size = self.where[i].tolist()                  # where: (m, 3) long
+        path = os.fsdecode(bytes(self.files[file]))
+        try:
+            with open(path, "rb") as f:
+                f.seek(offset)
+                data = f.read(size)
+        except OSError as e:
+            raise common.Abort(f"{path}: cannot be read ({e.strerror})", code=1)
+        return common.decode(data, f"{path} at byte {offset}")
+
+    def take(self, keep):
+        return Pairs(self.files, self.where[keep], [self.texts[i] for i in keep])
+
+
+def open_pool(pattern):
+    """The Pairs of --pool: a TSV of path (relative to it) and text, or img2dataset's shards. Raises Abort."""
+    if not pattern.endswith(".tar"):
+        base, lines = os.path.dirname(os.path.abspath(pattern)), [pair for _, pair in read_tsv(pattern, "path<TAB>text")]
+        if not lines:
+            raise common.Abort(f"--pool {pattern} holds no pairs (a header line, then path<TAB>text)")
+        where = np.array([(i, 0, -1) for i in range(len(lines))])
+        return Pairs([os.path.join(base, file) for file, _ in lines], where, [text for _, text in lines])
+    numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    shards = [pattern] if not numbers else [
+        pattern.replace(numbers[0], str(n).zfill(len(numbers[1]))) for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    where, texts = [], []
+    for s, shard in enumerate(tqdm(shards, "indexing the pool", unit="shard", disable=common.rank_world()[0] != 0)):
+        try:
+            with tarfile.open(shard, "r:") as tar, open(shard, "rb") as f:
+                images, captions = {}, {}
+                for member in tar:
+                    stem, kind = os.path.splitext(member.name)
+                    if kind.lower() in (".jpg", ".jpeg", ".png", ".webp"):
+                        images[stem] = (s, member.offset_data, member.size)
+                    elif kind == ".txt":
+                        f.seek(member.offset_data)
+                        captions[stem] = " ".join(f.read(member.size).decode("utf-8", "replace").split())
+        except (OSError, tarfile.TarError) as e:
+            raise common.Abort(f"--pool: {shard} cannot be read as an uncompressed tar ({e})")
+        both = [stem for stem in images if captions.get(stem)]       # img2dataset leaves no caption empty, others do
+        where += [images[stem] for stem in both]
+        texts += [captions[stem] for stem in both]
+    if not texts:
+        raise common.Abort(f"--pool {pattern} holds no pairs of .jpg and .txt members")
+    return Pairs(shards, np.array(where), texts)
+
+
+@torch.no_grad()
+def retrieve(query, pool, k):
+    """Rows of pool (m, d) nearest to each row of query (n, d) by inner product: (n, k) long, the best first; exact.
+
+    By blocks of 4096 x 32768 scores (0.5 GiB in float32), on the device of `query`, where blocks of the pool are sent.
+    """
+    k, found = min(k, len(pool)), []
+    for q in query.split(4096):
+        best = torch.empty(len(q), 0, device=q.device)
+        index = torch.empty(len(q), 0, dtype=torch.long, device=q.device)
+        for start in range(0, len(pool), 32768):
+            scores = q.float() @ pool[start:start + 32768].to(q.device).float().T                  # (4096, 32768)
+            top, at = scores.topk(min(k, scores.shape[1]))
+            best, index = torch.cat([best, top], 1), torch.cat([index, at + start], 1)
+            best, order = best.topk(min(k, best.shape[1]))
+            index = index.gather(1, order)
+        found.append(index)
+    return torch.cat(found)
+
+
+def cached_features(path, files, images, model, preprocess, args, device, title):
+    """Features (n, d) of `images` in float16, from `path` where model and `files` are what they were when it was made."""
+    digest = hashlib.sha256(f"{args.model} {args.pretrained} {args.precision} {args.seed}".encode())
+    for weight in model.visual.state_dict().values():
+        digest.update(weight.cpu().contiguous().numpy().tobytes())
+    for file in files:
+        stat = os.stat(file)
+        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    if os.path.isfile(path):
+        with safetensors.safe_open(path, "pt") as f:
+            if f.metadata() == {"made_from": digest.hexdigest()}:
+                return f.get_tensor("features")
+    features = common.image_features(model, [images], preprocess, args, device, title, skip=True)[0].half()
+    common.write_tensors(path, {"features": features}, made_from=digest.hexdigest())
+    return features
+
+
+def retrieved_pairs(pool, images, model, preprocess, args, device):
+    """The Pairs of `pool` that are among the k nearest of any image of `images` (common.Images), each once.
+
+    Unreadable images of the pool are counted and left out. Raises Abort where none is left.
+    """
+    files = [images.path(i) for i in range(len(images))]
+    query = cached_features(os.path.join(args.out, "train_features.safetensors"), files, images, model, preprocess, args,
+                            device, "training images")
+    files = [os.fsdecode(bytes(f)) for f in pool.files]
+    features = cached_features(os.path.join(args.out, "pool_features.safetensors"), files, pool, model, preprocess, args,
+                               device, "pool")
+    readable = (~features[:, 0].isnan()).nonzero().squeeze(1)                                      # (m',)
+    if not len(readable):
+        raise common.Abort(f"--pool {args.pool}: none of its {len(pool)} images can be read", code=1)
+    nearest = retrieve(query[~query[:, 0].isnan()].to(device), features[readable], args.k)        # (n, k)
+    kept = readable[nearest.unique().cpu()].tolist()
+    if common.rank_world()[0] == 0:
+        if len(readable) < len(pool):
+            print(f"warning: {len(pool) - len(readable)} of {len(pool)} images of the pool cannot be read and are left out")
+        print(f"retrieved {len(kept)} pairs of {len(readable)} for {len(images)} training images, k = {args.k}")
+    return pool.take(kept)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
+
+@common.cli
+def main(argv=None):
+    parser = common.flags(__doc__, out="out/anchor")                 # --data, --model, --batch-size, --seed, ...
+    add = parser.add_argument
+    # recipe: FLYP's, not verified for ARF
+    add("--epochs", type=int, default=10, help="passes over the training images")
+    add("--max-steps", type=int, help="stop (and end the schedule) after this many steps")
+    add("--lr", type=float, default=1e-5, help="peak learning rate of AdamW")
+    add("--wd", type=float, default=0.1, help="weight decay, on every parameter")
+    add("--warmup", type=int, default=500, help="steps of linear warm-up, then cosine to 0")
+    # ARF
+    add("--captions", metavar="FILE", help="captions of the training images: a header, then path in ROOT<TAB>caption")
+    add("--caption-model", metavar="NAME:TAG", help="an open_clip CoCa that writes --captions first (default: to --out)")
+    add("--pool", metavar="FILE", help="image-text pairs: a TSV (header, then path<TAB>text) or 'x/{000..331}.tar'")
+    add("--k", type=int, default=1, help="pairs retrieved for each training image")
+    add("--cap", type=float, default=1.0, help="weight of the captions' contrastive loss")
+    add("--ret", type=float, default=1.0, help="weight of the retrieved pairs' contrastive loss")
+    # bookkeeping
+    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+    add("--save-every", type=int, default=1000, help="steps between checkpoints")
+    add("--overwrite", action="store_true", help="start anew, whatever --out holds")
+
+    device = common.setup()
+    args = common.parse(parser, device, argv)
+    out = lambda name: os.path.join(args.out, name)
+
+    # data, model, optimiser
+    root = common.read_root(args)
+    total = common.total_steps(args, len(root.train))
+    if args.caption_model and args.cap:
+        args.captions = args.captions or out("captions.tsv")
+    use_cap, use_ret = bool(args.cap and args.captions), bool(args.ret and args.pool)
+    if (args.cap or args.ret) and not (use_cap or use_ret):
+        raise common.Abort("ARF needs anchors: captions of the training images (--captions FILE, or --caption-model to "
+                           "write them) or a pool of image-text pairs (--pool FILE); --cap 0 --ret 0 is FLYP")
+    if common.rank_world()[0] == 0 and ((args.cap and not use_cap) or (args.ret and not use_ret)):
+        print("no --pool: the text-compensated anchor alone" if use_cap else "no --captions: the image-text-pair anchor alone")
+    if args.k < 1:
+        raise common.Abort(f"--k must be at least 1, not {args.k}")
+    if use_cap and args.caption_model and not os.path.isfile(args.captions):
+        write_captions(args.captions, args.caption_model, root.train, args, device)
+    captions = read_captions(args.captions, root.train) if use_cap else None
+    pool = open_pool(args.pool) if use_ret else None
+    torch.manual_seed(args.seed)                                     # for random weights; all else is drawn per sample
+    model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
+    tokens = common.prompts(tokenizer, root.classnames, root.templates)                            # (K, M, L)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=device.type != "mps")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+    # a new run, or the one that --out holds
+    state, results = common.begin(args)
+    if "sets" in results:
+        return common.report(results)
+    if "zero_shot" not in results:                                   # before any training, so a broken set shows now
+        results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device, title="zero-shot")
+        common.write_json(out("results.json"), results)
+    if use_ret:                                                      # by the untuned model, so before a state is loaded
+        pairs = retrieved_pairs(pool, root.train, model, preprocess_val, args, device)
+    start = 0
+    if state:
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+
+    # the loop
+    prepare = common.to_input(model, device)
+    loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
+    pair_loader = itertools.repeat(None)
+    if use_ret:
+        world = common.rank_world()[1]
+        R = min(args.batch_size, len(pairs) // world * world)
+        pair_loader = common.train_loader(pairs, preprocess_train, args, total, device, start, batch_size=R)
+    log = common.Log(args, total, start, "ARF")
+    for step, (images, labels, index, draws), retrieved in zip(range(start, total), loader, pair_loader):
+        lr = common.cosine_lr(step, total, args.warmup, args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        M, tau = len(root.templates), model.logit_scale.exp()
+        images = prepare(images)                                                                   # (N, 3, S, S)
+        text = tokens[labels, draws % M]                                                           # (N, L)
+
+        with common.autocast(device, args.precision):
+            u, v = common.encode_image(model, images), common.encode_text(model, text)             # (N, d)
+        terms = {"contrastive": common.contrastive_loss(u, v, tau)}
+        loss = terms["contrastive"]
+        if use_cap:                                                  # of several captions one is drawn each epoch
+            drawn = [captions[i][d // M % len(captions[i])] for i, d in zip(index.tolist(), draws.tolist())]
+            with common.autocast(device, args.precision):
+                c = common.encode_text(model, tokenizer(drawn))                                    # (N, d)
+            terms["captions"] = common.contrastive_loss(u, c, tau)
+            loss = loss + args.cap * terms["captions"]
+        if use_ret:
+            pair_images, _, pair_index, _ = retrieved
+            with common.autocast(device, args.precision):
+                a = common.encode_image(model, prepare(pair_images))                               # (R, d)
+                b = common.encode_text(model, tokenizer([pairs.texts[i] for i in pair_index]))     # (R, d)
+            terms["retrieved"] = common.contrastive_loss(a, b, tau)
+            loss = loss + args.ret * terms["retrieved"]
+
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        common.average_gradients(model.parameters())
+        scaler.step(optimizer)
+        scaler.update()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))              # CLIP's own bound
+
+        saving = (step + 1) % args.save_every == 0 or step + 1 == total
+        log.step(step, lr, {"loss": loss, **terms}, force=saving)
+        if saving:
+            common.save(out("last.pt"), step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                        scaler=scaler.state_dict())
+    log.bar.close()
+
+    # export first, then evaluate
+    common.export(model, args.model, out("model"))
+    results.update(common.evaluate(model, tokenizer, preprocess_val, root, args, device))
+    common.write_json(out("results.json"), results)
+    common.report(results)
+
+
+if __name__ == "__main__":
+    main()
