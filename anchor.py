@@ -70,8 +70,11 @@ def read_tsv(path, expected):
             yield number, parts
 
 
+START, END = 49406, 49407                                            # tokens that open and close a text of CLIP's
+
+
 @torch.no_grad()
-def greedy_captions(coca, images, length=30, start=49406, end=49407):
+def greedy_captions(coca, images, length=30, start=START, end=END):
     """Greedy decoding: normalised images (N, 3, S, S) -> tokens (N, at most length), 0 after the end token.
 
     Each image is encoded once. open_clip's own `generate` needs names that transformers 5 no longer has.
@@ -114,7 +117,7 @@ def write_captions(path, name, images, args, device):
                 with common.autocast(device, args.precision):
                     tokens = greedy_captions(coca, prepare(x)).cpu()
                 for row in tokens.tolist():
-                    text = tokenizer.decode([t for t in row if t not in (0, 49406, 49407)])
+                    text = tokenizer.decode(row[1:row.index(END) if END in row else None])
                     f.write(f"{todo.file(at)}\t{' '.join(text.split()) or 'an image'}\n")
                     at += 1
                 f.flush()
@@ -208,8 +211,8 @@ def cached_features(path, files, images, model, preprocess, args, device, title)
     for weight in model.visual.state_dict().values():
         digest.update(weight.cpu().contiguous().numpy().tobytes())
     for file in files:
-        stat = os.stat(file)
-        digest.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        stat = os.stat(file) if os.path.exists(file) else None       # a missing one of the pool is left out later
+        digest.update(f"{file}\0{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode("utf-8", "surrogateescape"))
     if os.path.isfile(path):
         with safetensors.safe_open(path, "pt") as f:
             if f.metadata() == {"made_from": digest.hexdigest()}:

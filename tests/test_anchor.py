@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import types
@@ -130,22 +131,16 @@ def test_nearest_pairs_are_taken_once_and_unreadable_ones_left_out(tiny_root, cl
                                  model=clip(), pretrained="", precision="fp32", batch_size=8, out=str(tmp_path / "out"),
                                  pool=pool)
     images, pairs = common.read_root(args).train, anchor.open_pool(pool)
-    with pytest.raises(common.Abort, match="7.png"):            # a file that is not there is a mistake in the TSV
-        anchor.retrieved_pairs(pairs, images, model, preprocess, args, CPU)
-    shutil.copy(f"{folder}/8.png", f"{folder}/7.png")
     got = anchor.retrieved_pairs(pairs, images, model, preprocess, args, CPU)
-    assert "1 of 23 images of the pool cannot be read" in capsys.readouterr().out
+    assert "2 of 23 images of the pool cannot be read" in capsys.readouterr().out
 
     def feature(path):
         return common.encode_image(model, common.to_input(model, CPU)(preprocess(common.read_image(path))[None]))[0]
     with torch.no_grad():
-        candidates = [i for i in range(23) if i != 4]
+        candidates = [i for i in range(23) if i not in (4, 7)]
         features = torch.stack([feature(f"{folder}/{i}.png") for i in candidates]).half().float()
         nearest = {candidates[int((features @ feature(images.path(i)).half().float()).argmax())] for i in range(len(images))}
-    ties = {7: 8, 8: 7}                                         # the two are one picture
-    assert len(got) == len(set(got.texts)) == len(nearest)
-    numbers = {int(text.split()[-1]) for text in got.texts}
-    assert all(n in nearest or ties.get(n) in nearest for n in numbers)
+    assert len(got) == len(set(got.texts)) and {int(text.split()[-1]) for text in got.texts} == nearest
 
 
 def test_features_are_cached_until_something_changes(tiny_root, clip, pool, captions, tmp_path, monkeypatch):
@@ -189,7 +184,6 @@ def test_bad_captions(tiny_root, clip, captions, tmp_path, capsys, line, message
     with pytest.raises(SystemExit) as e:
         run(anchor, tiny_root, clip(), tmp_path / "out", "--captions", captions)
     err = capsys.readouterr().err
-    import re
     assert e.value.code == 2 and re.search(message, err) and err.count("\n") == 1 and not os.path.exists(tmp_path / "out")
 
 
@@ -203,8 +197,9 @@ def write_coca(path):
     torch.manual_seed(0)
     model = open_clip.CoCa(**{k: v for k, v in json.loads(json.dumps(config)).items() if k != "custom_text"})
     with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(3)                                           # so that images differ in what is said of them
+        for p in model.parameters():                            # so that images differ in what is said of them
+            if p.ndim > 1:
+                torch.nn.init.normal_(p)
     os.makedirs(path)
     save_file(model.state_dict(), f"{path}/open_clip_model.safetensors")
     with open(f"{path}/open_clip_config.json", "w") as f:
@@ -216,7 +211,7 @@ def test_greedy_captions_token_by_token(tmp_path):
     """Against a loop that feeds one image and all tokens so far, from pixels, each time."""
     coca, *_ = common.load_model(write_coca(str(tmp_path / "coca")), "", CPU)
     images = torch.randn(5, 3, 32, 32)
-    naive, end = [], None
+    naive = []
     with torch.no_grad():
         for image in images:
             tokens = [49406]

@@ -143,7 +143,7 @@ def test_a_folder_that_holds_a_run(tiny_root, clip, tmp_path, capsys):
     assert len(log(out)) == 2
 
 
-def test_the_seed_is_the_run(calft, tiny_root, clip, tmp_path):
+def test_the_seed_is_the_run(tiny_root, clip, tmp_path):
     """Same seed, same bytes, whatever the workers; another seed, another run."""
     for out, flags in (("a", []), ("b", ["--workers", "2"]), ("c", ["--seed", "1"])):
         run(calft, tiny_root, clip(), tmp_path / out, *flags)
@@ -223,7 +223,7 @@ def test_bad_input(tiny_root, clip, tmp_path, capsys, flags, culprit):
 
 # ---- processes
 
-def test_two_files_copied_alone_run(calft, tiny_root, clip, tmp_path):
+def test_two_files_copied_alone_run(tiny_root, clip, tmp_path):
     """Copying calft.py and common.py into a new project is all it takes; without tests/ it asks for --data."""
     for file in ("calft.py", "common.py"):
         shutil.copy(os.path.join(REPO, file), tmp_path)
