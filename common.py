@@ -433,16 +433,18 @@ def _match(images, root, classnames_root):
 def read_root(args, need_train=True):
     """Read --data, --train, --val, --val-frac and --eval into a Root. Raises Abort for what does not fit together.
 
-    need_train False (evaluation): of the training folders only the class names are read, where there is a val.
+    need_train False (evaluation): where there is a val, of the training folders only the class names are read, and
+    without those folders val's classes stand in for them.
     """
     if not os.path.isdir(args.data):
         raise Abort(f"--data {args.data} is not a folder")
     root, base = Root(), args.data
     where = lambda d: d if os.path.isabs(d) else os.path.join(base, d)
-    for d in args.train:
-        if not os.path.isdir(where(d)):
-            raise Abort(f"--data {base} has no folder {d} (expected {where(d)}/<class>/*.jpg; --train names another)")
     val = args.val or ("val" if os.path.isdir(where("val")) else None)
+    missing = [d for d in args.train if not os.path.isdir(where(d))]
+    for d in missing:
+        if need_train or val is None:
+            raise Abort(f"--data {base} has no folder {d} (expected {where(d)}/<class>/*.jpg; --train names another)")
 
     if need_train or val is None:
         parts = [_scan(where(d), base) for d in args.train]
@@ -452,7 +454,7 @@ def read_root(args, need_train=True):
         train = Images("train", base, [f for p in parts for f in p.files],
                        np.concatenate([np.take(lab, p.labels) for lab, p in zip(labels, parts)]), root.classes)
     else:
-        root.classes = sorted(set().union(*(_subfolders(where(d)) for d in args.train)))
+        root.classes = sorted(set().union(*(_subfolders(where(d)) for d in ([val] if missing else args.train))))
         train = None
     if len(root.classes) < 2:
         raise Abort(f"{where(args.train[0])} holds {len(root.classes)} class folder(s); classification needs two")
