@@ -3,8 +3,10 @@
 
     loss = CE2(tau u v^T) + cap * CE2(tau u c^T) + ret * CE2(tau a b^T)
 
-    u, v, c (N, d)       features of a batch of images, of their class prompts, and of captions of the same images
-    a, b (R, d)          features of retrieved images and of their own texts; R = N, or all there are if fewer
+    u, v, c (N, d)       features of a batch of images, of their class prompts (a template drawn anew each epoch), and
+                         of captions of the same images
+    a, b (R, d)          features of a batch of the retrieved pairs, images and texts, drawn independently of u; R = N,
+                         or all pairs there are if fewer
     tau, CE2             exp(logit_scale); CLIP's symmetric contrastive loss. All features are L2-normalised
 
 "a photo of a [CLASS]" says little, and tuning on it alone forgets the rest. Two anchors hold the feature space where
@@ -18,6 +20,7 @@ with k = 1, CoCa for the paper's BLIP-2, and the recipe, which is FLYP's (no cod
     python anchor.py                                                  # the toy, on a CPU
     python anchor.py --data /imagenet --captions captions.tsv --pool '/cc3m/{00000..00331}.tar'
     python anchor.py --data /imagenet --caption-model coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k
+    torchrun --nproc_per_node 8 anchor.py --data /imagenet --pool ... # the same batch on eight GPUs
     python anchor.py --cap 0 --ret 0                                  # FLYP, the natural baseline
 """
 import hashlib
@@ -40,7 +43,8 @@ import common
 def read_captions(path, images):
     """Captions of every image of `images` (common.Images): [[caption, ...], ...]. Raises Abort.
 
-    The file: a header line, then path relative to ROOT, tab, caption; several lines a path are several captions.
+    The file: a header line, path<TAB>anything, then path relative to ROOT, tab, caption; several lines a path are
+    several captions.
     """
     index, captions = {images.file(i): i for i in range(len(images))}, [[] for _ in range(len(images))]
     for line, (file, text) in read_tsv(path, "path<TAB>caption"):
@@ -59,9 +63,12 @@ def read_captions(path, images):
 def read_tsv(path, expected):
     """Lines 2, 3, ... of a file of two tab-separated columns: (line number, (left, right)). Raises Abort."""
     try:
-        lines = open(path, encoding="utf-8").read().split("\n")
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise common.Abort(f"{path} cannot be read as UTF-8 text ({e})")
+    if lines[0].split("\t")[0].strip() != "path":
+        raise common.Abort(f"{path} line 1: expected the header {expected}, found {lines[0][:80]!r}")
     for number, line in enumerate(lines[1:], 2):
         if line.strip():
             parts = [part.strip() for part in line.split("\t")]
@@ -89,46 +96,63 @@ def greedy_captions(coca, images, length=30, start=START, end=END):
     return tokens
 
 
-def write_captions(path, name, images, args, device):
-    """Caption every image of `images` by open_clip's CoCa `name` (NAME:TAG), in batches, to `path`.
-
-    Lines go to path.partial as they come; after a kill the next call goes on behind the last whole line.
-    """
-    if torch.distributed.is_initialized():
+def check_captioner(path, name):
+    """Raises Abort where `write_captions` could not do its work, before any of it is done."""
+    for file in (path, path + ".partial"):
+        if os.path.isfile(file):
+            with open(file, encoding="utf-8", newline="\n") as f:
+                if f.readline() != f"path\tcaption by {name}\n":
+                    raise common.Abort(f"{file} exists and is not by --caption-model {name}; name another file with "
+                                       "--captions, or drop --caption-model to use what is there")
+    if not name.startswith("local-dir:") and ":" not in name:
+        raise common.Abort(f"--caption-model {name} needs a tag: coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k")
+    if torch.distributed.is_initialized() and not os.path.isfile(path):
         raise common.Abort("--caption-model works in one process; run it once without torchrun, then give --captions")
-    coca, _, preprocess, tokenizer = common.load_model(*(name.rsplit(":", 1) if name.count(":") == 1 and
-                                                         not name.startswith("local-dir:") else (name, "")), device)
+
+
+def write_captions(path, name, images, args, device):
+    """Caption every image of `images` by open_clip's CoCa `name` (NAME:TAG), in batches, to `path`. Raises Abort.
+
+    Lines go to path.partial as they come; after a kill the next call goes on behind the last whole line. The header
+    names the captioner; a finished file is left as it is.
+    """
+    if os.path.isfile(path):
+        return
+    partial, header = path + ".partial", f"path\tcaption by {name}\n"
+    model, tag = (name, "") if name.startswith("local-dir:") else name.split(":", 1)
+    coca, _, preprocess, tokenizer = common.load_model(model, tag, device)
     if not hasattr(coca, "text_decoder"):
         raise common.Abort(f"--caption-model {name} cannot write; it must be a CoCa")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    partial, header, done = path + ".partial", "path\tcaption\n", 0
+    whole = [header]
     if os.path.isfile(partial):
-        whole = [line for line in open(partial, encoding="utf-8", newline="\n") if line.endswith("\n")]
-        done = max(0, len(whole) - 1)
-    with open(partial, "r+" if done else "w", encoding="utf-8", newline="\n") as f:
-        f.write(header if not done else "".join(whole))
-        f.truncate()
-        todo = images.take(np.arange(done, len(images)), "train")
-        loader = torch.utils.data.DataLoader(common._EvalImages([todo], preprocess, False), args.batch_size,
-                                             num_workers=args.workers)
-        prepare, at = common.to_input(coca, device), 0
-        with tqdm(total=len(images), initial=done, desc="captions", unit="image") as bar:
-            for x, _ in loader:
-                with common.autocast(device, args.precision):
-                    tokens = greedy_captions(coca, prepare(x)).cpu()
-                for row in tokens.tolist():
-                    text = tokenizer.decode(row[1:row.index(END) if END in row else None])
-                    f.write(f"{todo.file(at)}\t{' '.join(text.split()) or 'an image'}\n")
-                    at += 1
-                f.flush()
-                bar.update(len(x))
+        with open(partial, encoding="utf-8", newline="\n") as f:
+            whole = [line for line in f if line.endswith("\n")]
+        if [line.split("\t")[0] for line in whole[1:]] != [images.file(i) for i in range(len(whole) - 1)]:
+            raise common.Abort(f"{partial} is of other training images; remove it to begin anew")
+    with common.replacing(partial) as f:
+        f.write("".join(whole).encode())
+    done, prepare = len(whole) - 1, common.to_input(coca, device)
+    todo = common.EvalImages([images.take(np.arange(done, len(images)), "train")], preprocess)
+    loader = torch.utils.data.DataLoader(todo, args.batch_size, num_workers=args.workers)
+    with open(partial, "a", encoding="utf-8", newline="\n") as f, \
+            tqdm(total=len(images), initial=done, desc="captions", unit="image") as bar:
+        for x, _ in loader:
+            with common.autocast(device, args.precision):
+                tokens = greedy_captions(coca, prepare(x)).tolist()
+            for row in tokens:
+                text = tokenizer.decode(row[1:row.index(END) if END in row else None])
+                f.write(f"{images.file(done)}\t{' '.join(text.split()) or 'an image'}\n")
+                done += 1
+            f.flush()
+            bar.update(len(x))
     os.replace(partial, path)
 
 
 # ---- image-text-pair anchors: a pool, and what is retrieved from it ------------------------------------------------
 
 class Pairs(torch.utils.data.Dataset):
-    """Image-text pairs: image i is `size` bytes at `offset` of a file (size -1: all of it), its text is texts[i]."""
+    """Image-text pairs. where (m, 3) long holds each image's file number, offset and size in bytes (-1: all of it)."""
 
     def __init__(self, files, where, texts):
         self.files, self.where, self.texts = np.array([os.fsencode(f) for f in files]), where, texts
@@ -138,7 +162,7 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.texts)
 
     def read(self, i):
-        file, offset, size = self.where[i].tolist()                  # where: (m, 3) long
+        file, offset, size = self.where[i].tolist()
         path = os.fsdecode(bytes(self.files[file]))
         try:
             with open(path, "rb") as f:
@@ -155,7 +179,8 @@ class Pairs(torch.utils.data.Dataset):
 def open_pool(pattern):
     """The Pairs of --pool: a TSV of path (relative to it) and text, or img2dataset's shards. Raises Abort."""
     if not pattern.endswith(".tar"):
-        base, lines = os.path.dirname(os.path.abspath(pattern)), [pair for _, pair in read_tsv(pattern, "path<TAB>text")]
+        base = os.path.dirname(os.path.abspath(pattern))
+        lines = [pair for _, pair in read_tsv(pattern, "path<TAB>text")]
         if not lines:
             raise common.Abort(f"--pool {pattern} holds no pairs (a header line, then path<TAB>text)")
         where = np.array([(i, 0, -1) for i in range(len(lines))])
@@ -189,35 +214,37 @@ def open_pool(pattern):
 def retrieve(query, pool, k):
     """Rows of pool (m, d) nearest to each row of query (n, d) by inner product: (n, k) long, the best first; exact.
 
-    By blocks of 4096 x 32768 scores (0.5 GiB in float32), on the device of `query`, where blocks of the pool are sent.
+    By blocks of 4096 x 32768 scores (0.5 GiB in float32) on the device of `query`, where each block of the pool is sent
+    once.
+    @COST@
     """
-    k, found = min(k, len(pool)), []
-    for q in query.split(4096):
-        best = torch.empty(len(q), 0, device=q.device)
-        index = torch.empty(len(q), 0, dtype=torch.long, device=q.device)
-        for start in range(0, len(pool), 32768):
-            scores = q.float() @ pool[start:start + 32768].to(q.device).float().T                  # (4096, 32768)
-            top, at = scores.topk(min(k, scores.shape[1]))
-            best, index = torch.cat([best, top], 1), torch.cat([index, at + start], 1)
-            best, order = best.topk(min(k, best.shape[1]))
-            index = index.gather(1, order)
-        found.append(index)
-    return torch.cat(found)
+    k = min(k, len(pool))
+    best = torch.full((len(query), k), -math.inf, device=query.device)
+    index = torch.full((len(query), k), -1, device=query.device)
+    for start in range(0, len(pool), 32768):
+        block = pool[start:start + 32768].to(query.device).float()                                 # (32768, d)
+        for rows in torch.arange(len(query), device=query.device).split(4096):
+            top, at = (query[rows].float() @ block.T).topk(min(k, len(block)))                     # (4096, k)
+            best[rows], order = torch.cat([best[rows], top], 1).topk(k)
+            index[rows] = torch.cat([index[rows], at + start], 1).gather(1, order)
+    return index
 
 
-def cached_features(path, files, images, model, preprocess, args, device, title):
-    """Features (n, d) of `images` in float16, from `path` where model and `files` are what they were when it was made."""
-    digest = hashlib.sha256(f"{args.model} {args.pretrained} {args.precision} {args.seed}".encode())
+def cached_features(name, files, images, model, preprocess, args, device):
+    """Image features (n, d) by the untuned model, float16, NaN where unreadable. Made once: --out keeps them in
+    <name>_features.safetensors for as long as the model and the files' sizes and times are the same."""
+    path, digest = os.path.join(args.out, f"{name}_features.safetensors"), hashlib.sha256(args.precision.encode())
     for weight in model.visual.state_dict().values():
         digest.update(weight.cpu().contiguous().numpy().tobytes())
     for file in files:
-        stat = os.stat(file) if os.path.exists(file) else None       # a missing one of the pool is left out later
+        stat = os.stat(file) if os.path.exists(file) else None
         digest.update(f"{file}\0{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode("utf-8", "surrogateescape"))
     if os.path.isfile(path):
         with safetensors.safe_open(path, "pt") as f:
             if f.metadata() == {"made_from": digest.hexdigest()}:
                 return f.get_tensor("features")
-    features = common.image_features(model, [images], preprocess, args, device, title, skip=True)[0].half()
+    features = common.image_features(model, [images], preprocess, args, device, f"features: {name}", skip=True,
+                                     dtype=torch.float16)[0]
     common.write_tensors(path, {"features": features}, made_from=digest.hexdigest())
     return features
 
@@ -227,20 +254,17 @@ def retrieved_pairs(pool, images, model, preprocess, args, device):
 
     Unreadable images of the pool are counted and left out. Raises Abort where none is left.
     """
-    files = [images.path(i) for i in range(len(images))]
-    query = cached_features(os.path.join(args.out, "train_features.safetensors"), files, images, model, preprocess, args,
-                            device, "training images")
-    files = [os.fsdecode(bytes(f)) for f in pool.files]
-    features = cached_features(os.path.join(args.out, "pool_features.safetensors"), files, pool, model, preprocess, args,
-                               device, "pool")
-    readable = (~features[:, 0].isnan()).nonzero().squeeze(1)                                      # (m',)
+    rest = model, preprocess, args, device
+    query = cached_features("train", [images.path(i) for i in range(len(images))], images, *rest)  # (n, d)
+    features = cached_features("pool", [os.fsdecode(bytes(f)) for f in pool.files], pool, *rest)   # (m, d)
+    readable = (~features[:, 0].isnan()).nonzero().squeeze(1)                                      # (m',) of the pool
     if not len(readable):
         raise common.Abort(f"--pool {args.pool}: none of its {len(pool)} images can be read", code=1)
     nearest = retrieve(query[~query[:, 0].isnan()].to(device), features[readable], args.k)        # (n, k)
     kept = readable[nearest.unique().cpu()].tolist()
     if common.rank_world()[0] == 0:
         if len(readable) < len(pool):
-            print(f"warning: {len(pool) - len(readable)} of {len(pool)} images of the pool cannot be read and are left out")
+            print(f"warning: {len(pool) - len(readable)} of the pool's {len(pool)} images cannot be read; left out")
         print(f"retrieved {len(kept)} pairs of {len(readable)} for {len(images)} training images, k = {args.k}")
     return pool.take(kept)
 
@@ -259,7 +283,8 @@ def main(argv=None):
     add("--warmup", type=int, default=500, help="steps of linear warm-up, then cosine to 0")
     # ARF
     add("--captions", metavar="FILE", help="captions of the training images: a header, then path in ROOT<TAB>caption")
-    add("--caption-model", metavar="NAME:TAG", help="an open_clip CoCa that writes --captions first (default: to --out)")
+    add("--caption-model", metavar="NAME:TAG", help="an open_clip CoCa, or local-dir:PATH, that "
+        "writes the captions first, if --captions (default: OUT/captions.tsv) does not exist")
     add("--pool", metavar="FILE", help="image-text pairs: a TSV (header, then path<TAB>text) or 'x/{000..331}.tar'")
     add("--k", type=int, default=1, help="pairs retrieved for each training image")
     add("--cap", type=float, default=1.0, help="weight of the captions' contrastive loss")
@@ -283,16 +308,15 @@ def main(argv=None):
         raise common.Abort("ARF needs anchors: captions of the training images (--captions FILE, or --caption-model to "
                            "write them) or a pool of image-text pairs (--pool FILE); --cap 0 --ret 0 is FLYP")
     if common.rank_world()[0] == 0 and ((args.cap and not use_cap) or (args.ret and not use_ret)):
-        print("no --pool: the text-compensated anchor alone" if use_cap else "no --captions: the image-text-pair anchor alone")
-    if args.k < 1:
-        raise common.Abort(f"--k must be at least 1, not {args.k}")
-    if use_cap and args.caption_model and not os.path.isfile(args.captions):
-        write_captions(args.captions, args.caption_model, root.train, args, device)
-    captions = read_captions(args.captions, root.train) if use_cap else None
+        print("no --pool: the text-compensated anchor alone" if use_cap else
+              "no --captions: the image-text-pair anchor alone")
+    if use_cap and args.caption_model:
+        check_captioner(args.captions, args.caption_model)           # captions are written once all else is known good
+    captions = read_captions(args.captions, root.train) if use_cap and not args.caption_model else None
     pool = open_pool(args.pool) if use_ret else None
-    torch.manual_seed(args.seed)                                     # for random weights; all else is drawn per sample
+    torch.manual_seed(args.seed)                                     # for random weights; the data draws by itself
     model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
-    tokens = common.prompts(tokenizer, root.classnames, root.templates)                            # (K, M, L)
+    tokens = common.prompts(tokenizer, root.classnames, root.templates)            # (K classes, M templates, L tokens)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
@@ -303,6 +327,9 @@ def main(argv=None):
     if "zero_shot" not in results:                                   # before any training, so a broken set shows now
         results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device, title="zero-shot")
         common.write_json(out("results.json"), results)
+    if use_cap and args.caption_model:
+        write_captions(args.captions, args.caption_model, root.train, args, device)
+        captions = read_captions(args.captions, root.train)
     if use_ret:                                                      # by the untuned model, so before a state is loaded
         pairs = retrieved_pairs(pool, root.train, model, preprocess_val, args, device)
     start = 0
@@ -311,14 +338,17 @@ def main(argv=None):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+    del state                                                        # as large as model and optimiser
 
-    # the loop
+    # the loop; n of the N images of a batch are this process's own (without torchrun: all), and r of the R pairs
     prepare = common.to_input(model, device)
     loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
     pair_loader = itertools.repeat(None)
     if use_ret:
         world = common.rank_world()[1]
         R = min(args.batch_size, len(pairs) // world * world)
+        if not R:
+            raise common.Abort(f"{len(pairs)} retrieved pairs are too few for {world} processes; give a greater --k")
         pair_loader = common.train_loader(pairs, preprocess_train, args, total, device, start, batch_size=R)
     log = common.Log(args, total, start, "ARF")
     for step, (images, labels, index, draws), retrieved in zip(range(start, total), loader, pair_loader):
@@ -326,24 +356,24 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = lr
         M, tau = len(root.templates), model.logit_scale.exp()
-        images = prepare(images)                                                                   # (N, 3, S, S)
-        text = tokens[labels, draws % M]                                                           # (N, L)
+        images = prepare(images)                                                                   # (n, 3, H, W)
+        text = tokens[labels, draws % M]                                                           # (n, L)
 
         with common.autocast(device, args.precision):
-            u, v = common.encode_image(model, images), common.encode_text(model, text)             # (N, d)
+            u, v = common.encode_image(model, images), common.encode_text(model, text)             # (n, d)
         terms = {"contrastive": common.contrastive_loss(u, v, tau)}
         loss = terms["contrastive"]
-        if use_cap:                                                  # of several captions one is drawn each epoch
+        if use_cap:                                                  # draws % M gave the template, draws // M gives c
             drawn = [captions[i][d // M % len(captions[i])] for i, d in zip(index.tolist(), draws.tolist())]
             with common.autocast(device, args.precision):
-                c = common.encode_text(model, tokenizer(drawn))                                    # (N, d)
+                c = common.encode_text(model, tokenizer(drawn))                                    # (n, d)
             terms["captions"] = common.contrastive_loss(u, c, tau)
             loss = loss + args.cap * terms["captions"]
         if use_ret:
             pair_images, _, pair_index, _ = retrieved
             with common.autocast(device, args.precision):
-                a = common.encode_image(model, prepare(pair_images))                               # (R, d)
-                b = common.encode_text(model, tokenizer([pairs.texts[i] for i in pair_index]))     # (R, d)
+                a = common.encode_image(model, prepare(pair_images))                               # (r, d)
+                b = common.encode_text(model, tokenizer([pairs.texts[i] for i in pair_index]))     # (r, d)
             terms["retrieved"] = common.contrastive_loss(a, b, tau)
             loss = loss + args.ret * terms["retrieved"]
 
@@ -362,7 +392,7 @@ def main(argv=None):
                         scaler=scaler.state_dict())
     log.bar.close()
 
-    # export first, then evaluate
+    # export first: whatever evaluation stumbles over, the model is there
     common.export(model, args.model, out("model"))
     results.update(common.evaluate(model, tokenizer, preprocess_val, root, args, device))
     common.write_json(out("results.json"), results)

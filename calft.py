@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT
 """CaRot: calibrated robust fine-tuning of CLIP (Oh et al., NeurIPS 2024, arXiv 2311.01723).
 
-    loss = CE2(S) + oc * ||W_v^T W_v - I||_F + sd * L_sd(S, S_t) + cross_fnorm * ||W_v W_t^T||_F
+    loss = CE2(S) + oc * ||W_v^T W_v - I||_F + sd * L_sd(S, S_ema) + cross_fnorm * ||W_v W_t^T||_F
 
     u (N, d), v (N, d)   image and text features of a batch, L2-normalised; the text of an image is its class name
                          in one of the templates, drawn anew each epoch
     S = tau u v^T        (N, N) similarities, tau = exp(logit_scale); CE2 is CLIP's symmetric contrastive loss
     W_v (d_in, d)        last projection of the image tower; W_t (d_t, d) that of the text tower
-    S_t                  the same S by the teacher: an occasional moving average of the model
+    S_ema                S by the teacher, whose weights are theta_ema <- m theta_ema + (1 - m) theta after steps 0,
+                         500, 1000, ... (--ema-every); between, it stands still
 
-The orthogonality term keeps the smallest singular value of the image features' covariance up, self-distillation keeps
-confidence calibrated: the two quantities in the paper's bound on error and calibration error under shift.
+The paper bounds error and calibration error under shift by two quantities of the training distribution. Near-
+orthonormal columns of W_v keep up the first, the smallest singular value of the features' covariance; self-
+distillation keeps down the second, the calibration error. Where paper and released code differ we follow the code: the
+norm of the second term is not squared, and the last term is not in the paper's loss as we know it.
 
     python calft.py                                                   # the toy, on a CPU
     python calft.py --data /imagenet                                  # the released recipe, on a GPU
@@ -29,7 +32,7 @@ import common
 # ---- the loss ------------------------------------------------------------------------------------------------------
 
 def orthogonality(W):
-    """L_oc = ||W^T W - I||_F for a projection W (d_in, d): scalar. Paper, section 4.2.
+    """L_oc = ||W^T W - I||_F for a projection W (d_in, d): scalar.
 
     The paper squares the norm; the released code does not, and its coefficient 0.2 belongs to that: so here.
     """
@@ -39,30 +42,30 @@ def orthogonality(W):
 def self_distillation(student_logits, teacher_logits):
     """L_sd: cross-entropy from the teacher's to the student's rows, plus the same for columns: scalar.
 
-    Both (N, N), already times their tau; the sum of the two directions, each a mean over the batch. Paper, section
-    4.2, has the KL divergence, whose gradient is the same.
+    Both (N, N), already times their tau; the sum of the two directions, each a mean over the batch. The paper has the
+    KL divergence, whose gradient is the same.
     """
-    def soft_cross_entropy(S, S_t):
-        return -(S_t.softmax(-1) * S.log_softmax(-1)).sum(-1).mean()
+    def soft_cross_entropy(logits, target):
+        return -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
     return soft_cross_entropy(student_logits, teacher_logits) + soft_cross_entropy(student_logits.T, teacher_logits.T)
 
 
 def cross_frobenius(W_v, W_t):
     """||W_v W_t^T||_F of the projections W_v (d_in, d) and W_t (d_t, d): scalar.
 
-    The penalty of the linear theory of contrastive learning; in the released command, not in the paper's loss.
+    From the linear theory of contrastive learning; in the released command, not in the paper's loss as we know it.
     """
     return torch.linalg.norm(W_v @ W_t.T)
 
 
 def ema_momentum(step, total_steps):
-    """m in theta_t <- m theta_t + (1 - m) theta: from 0.05 to 0.9 over the first fifth of the run, then 0.9."""
+    """m in theta_ema <- m theta_ema + (1 - m) theta: 0.05 to 0.9 over the first fifth of the run, then 0.9."""
     return 0.05 + (0.9 - 0.05) * min(1.0, step / (0.2 * total_steps))
 
 
 @torch.no_grad()
 def update_teacher(teacher, model, m):
-    """theta_t <- m theta_t + (1 - m) theta, every parameter, in place."""
+    """theta_ema <- m theta_ema + (1 - m) theta, every parameter, in place."""
     torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - m)
 
 
@@ -77,7 +80,7 @@ def projections(model):
         W_v = visual.head.proj.weight.T
     else:
         W_v = None
-    return W_v, W_t.weight.T if isinstance(W_t, torch.nn.Linear) else W_t
+    return W_v, (W_t.weight.T if isinstance(W_t, torch.nn.Linear) else W_t)
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------
@@ -109,13 +112,13 @@ def main(argv=None):
     # data, model, teacher, optimiser
     root = common.read_root(args)
     total = common.total_steps(args, len(root.train))
-    torch.manual_seed(args.seed)                                     # for random weights; all else is drawn per sample
+    torch.manual_seed(args.seed)                                     # for random weights; the data draws by itself
     model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
     W_v, W_t = projections(model)
     if (W_v is None and args.oc) or ((W_v is None or W_t is None) and args.cross_fnorm):
         raise common.Abort(f"--model {args.model} has a tower without a linear projection at its end; "
                            "give --oc 0 --cross-fnorm 0, or another model")
-    tokens = common.prompts(tokenizer, root.classnames, root.templates)                            # (K, M, L)
+    tokens = common.prompts(tokenizer, root.classnames, root.templates)            # (K classes, M templates, L tokens)
     teacher = copy.deepcopy(model).requires_grad_(False) if args.sd else None
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -135,8 +138,9 @@ def main(argv=None):
         scaler.load_state_dict(state["scaler"])
         if teacher:
             teacher.load_state_dict(state["teacher"])
+    del state                                                        # as large as model and optimiser
 
-    # the loop
+    # the loop; n of the N images of a batch are this process's own (without torchrun: all)
     prepare = common.to_input(model, device)
     loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
     log = common.Log(args, total, start, "CaRot")
@@ -144,24 +148,24 @@ def main(argv=None):
         lr = common.cosine_lr(step, total, args.warmup, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images = prepare(images)                                                                   # (N, 3, S, S)
-        text = tokens[labels, draws % len(root.templates)]                                         # (N, L)
+        images = prepare(images)                                                                   # (n, 3, H, W)
+        text = tokens[labels, draws % len(root.templates)]                                         # (n, L)
 
         with common.autocast(device, args.precision):
-            u, v = common.encode_image(model, images), common.encode_text(model, text)             # (N, d)
+            u, v = common.encode_image(model, images), common.encode_text(model, text)             # (n, d)
         S = common.similarity(u, v, model.logit_scale.exp())                                       # (N, N)
         terms = {"contrastive": common.clip_loss(S)}
         loss = terms["contrastive"]
         if args.oc or args.cross_fnorm:
-            W_v, W_t = projections(model)
+            W_v, W_t = projections(model)                            # views, anew for each step's graph
         if args.oc:
             terms["orthogonality"] = orthogonality(W_v)
             loss = loss + args.oc * terms["orthogonality"]
-        if args.sd and step > 0:                                     # at step 0 the teacher is the model itself
+        if args.sd and step > 0:                                     # at step 0 the teacher is the model: no gradient
             with torch.no_grad(), common.autocast(device, args.precision):
-                u_t, v_t = common.encode_image(teacher, images), common.encode_text(teacher, text)
-            S_t = common.similarity(u_t, v_t, teacher.logit_scale.exp())
-            terms["self_distillation"] = self_distillation(S, S_t)
+                u_ema, v_ema = common.encode_image(teacher, images), common.encode_text(teacher, text)      # (n, d)
+            S_ema = common.similarity(u_ema, v_ema, teacher.logit_scale.exp())                     # (N, N)
+            terms["self_distillation"] = self_distillation(S, S_ema)
             loss = loss + args.sd * terms["self_distillation"]
         if args.cross_fnorm:
             terms["cross_frobenius"] = cross_frobenius(W_v, W_t)
@@ -184,7 +188,7 @@ def main(argv=None):
                         scaler=scaler.state_dict(), teacher=teacher.state_dict() if teacher else {})
     log.bar.close()
 
-    # export first, then evaluate
+    # export first: whatever evaluation stumbles over, the model is there. The teacher is exported, not evaluated
     common.export(model, args.model, out("model"))
     if teacher:
         common.export(teacher, args.model, out("teacher"))

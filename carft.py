@@ -9,8 +9,8 @@
     W_ctx (M, d)         normalised mean of E over classes: the context head, fixed
     p, p0 (N, M)         which context an image is in, by the model being tuned and by the untuned one
 
-The tuned image tower keeps telling a sketch from a photograph, and with that what it knew of both. The text tower is
-not needed after E: neither its activations nor its optimiser state exist.
+The tuned image tower keeps telling a sketch from a photograph, and with that what it knew of both. Training needs no
+text tower after E: neither its activations nor its optimiser state exist. It is exported as it was.
 
 What the paper's text confirms: zero-shot prompt weights give the context distribution, and the KL divergence between
 those of the original and the tuned model is minimised beside classification. Our reading: its direction (--reverse-kl
@@ -41,7 +41,8 @@ def context_head(E):
 def context_kl(zero_shot_logits, logits):
     """KL(p0 || p) of two (N, M) sets of context logits, already times tau; the mean over the batch: scalar.
 
-    p0 = softmax(zero_shot_logits) of the untuned model, p = softmax(logits) of the one being tuned.
+    p0 = softmax(zero_shot_logits) of the untuned model, p = softmax(logits) of the one being tuned; exchanged, they
+    give the reverse KL(p || p0).
     """
     log_p0, log_p = zero_shot_logits.log_softmax(-1), logits.log_softmax(-1)
     return (log_p0.exp() * (log_p0 - log_p)).sum(-1).mean()
@@ -57,7 +58,7 @@ def main(argv=None):
     add("--epochs", type=int, default=10, help="passes over the training images")
     add("--max-steps", type=int, help="stop (and end the schedule) after this many steps")
     add("--lr", type=float, default=1e-5, help="peak learning rate of AdamW")
-    add("--wd", type=float, default=0.1, help="weight decay, on every parameter")
+    add("--wd", type=float, default=0.1, help="weight decay, on every trained parameter, W_cls too")
     add("--warmup", type=int, default=500, help="steps of linear warm-up, then cosine to 0")
     # CAR-FT
     add("--lam", type=float, default=1.0, help="weight of the context term; 0: plain fine-tuning")
@@ -77,14 +78,15 @@ def main(argv=None):
     if args.lam and len(root.templates) < 2:
         raise common.Abort(f"{args.data} has a single template, so there is no context to keep; "
                            "write more to templates.txt, or give --lam 0")
-    torch.manual_seed(args.seed)                                     # for random weights; all else is drawn per sample
+    torch.manual_seed(args.seed)                                     # for random weights; the data draws by itself
     model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
     with common.autocast(device, args.precision):
         E = common.text_embeddings(model, tokenizer, root.classnames, root.templates)              # (K, M, d)
     W_cls = torch.nn.Parameter(common.class_head(E))                                               # (K, d)
     W_ctx = context_head(E)                                                                        # (M, d)
+    del E
     tau = model.logit_scale.exp().detach()
-    frozen = copy.deepcopy(model.visual) if args.lam else None       # the untuned image tower
+    untuned = copy.deepcopy(model).requires_grad_(False) if args.lam else None                     # gives p0
     model.requires_grad_(False).visual.requires_grad_(True)
     trained = [*model.visual.parameters(), W_cls]
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.wd, fused=device.type != "mps")
@@ -104,8 +106,9 @@ def main(argv=None):
         W_cls.data.copy_(state["W_cls"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+    del state                                                        # as large as model and optimiser
 
-    # the loop
+    # the loop; n of the N images of a batch are this process's own (without torchrun: all)
     prepare = common.to_input(model, device)
     loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
     log = common.Log(args, total, start, "CAR-FT")
@@ -113,16 +116,16 @@ def main(argv=None):
         lr = common.cosine_lr(step, total, args.warmup, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, y = prepare(images), labels.to(device, non_blocking=True)                          # (N, 3, S, S), (N,)
+        images, y = prepare(images), labels.to(device, non_blocking=True)                          # (n, 3, H, W), (n,)
 
         with common.autocast(device, args.precision):
-            u = common.encode_image(model, images)                                                 # (N, d)
+            u = common.encode_image(model, images)                                                 # (n, d)
         terms = {"cross_entropy": F.cross_entropy(tau * u @ W_cls.T, y)}
         loss = terms["cross_entropy"]
         if args.lam:
             with torch.no_grad(), common.autocast(device, args.precision):
-                u0 = F.normalize(frozen(images).float(), dim=-1)                                   # (N, d)
-            logits0, logits = tau * u0 @ W_ctx.T, tau * u @ W_ctx.T                                # (N, M)
+                u0 = common.encode_image(untuned, images)                                          # (n, d)
+            logits0, logits = tau * u0 @ W_ctx.T, tau * u @ W_ctx.T                                # (n, M)
             terms["context_kl"] = context_kl(logits, logits0) if args.reverse_kl else context_kl(logits0, logits)
             loss = loss + args.lam * terms["context_kl"]
 
@@ -139,7 +142,7 @@ def main(argv=None):
                         optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     log.bar.close()
 
-    # export first, then evaluate
+    # export first: whatever evaluation stumbles over, the model is there
     common.export(model, args.model, out("model"))
     common.write_tensors(out("head.safetensors"), {"W_cls": W_cls}, classes=json.dumps(root.classes))
     results.update(common.evaluate(model, tokenizer, preprocess_val, root, args, device, head=W_cls.detach()))

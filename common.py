@@ -37,14 +37,14 @@ class Abort(Exception):
     """Ends the program with one line on stderr: exit code 2 for wrong usage, 1 for a run that failed."""
 
     def __init__(self, message, code=2):
-        if message.startswith("Caught Abort in DataLoader"):         # from a worker torch hands over text: its last line
+        if message.startswith("Caught Abort in DataLoader"):         # torch hands over a worker's traceback as text
             message, code = message.strip().splitlines()[-1].split(": ", 1)[1], 1
         super().__init__(message)
         self.code = code
 
 
 def cli(main):
-    """Decorates `main(argv=None)`: an Abort becomes one line and an exit code, and torchrun's process group is closed."""
+    """Decorates `main(argv=None)`: an Abort becomes one line and an exit code, and the process group is closed."""
     @functools.wraps(main)
     def wrapped(argv=None):
         try:
@@ -75,7 +75,8 @@ def flags(doc, out):
     add("--val-frac", type=float, default=0.2, help="fraction of each training class held out where there is no val")
     add("--eval", nargs="+", default=[], metavar="DIR", help="further image folders to evaluate")
     add("--model", default="ViT-B-16-quickgelu", help="an open_clip name, or local-dir:PATH")
-    add("--pretrained", default="openai", help="open_clip tag or weights file; '' for random weights")
+    add("--pretrained", default="openai", help="open_clip tag or weights file, '' for random weights; local-dir: "
+        "has its own")
     add("--out", default=out, help="folder of everything that is written")
     add("--batch-size", type=int, default=512, help="images in the global batch, over all processes")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="data loading workers of each process")
@@ -109,13 +110,16 @@ def parse(parser, device, argv=None):
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{k: v for k, v in toy.defaults().items() if k in known})
         args = parser.parse_args(argv)
-    for name in ("batch_size", "epochs", "max_steps", "log_every", "save_every", "ema_every"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            raise Abort(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name in ("batch_size", "epochs", "max_steps", "log_every", "save_every", "ema_every", "k", "workers", "seed"):
+        value, least = getattr(args, name, None), 0 if name in ("workers", "seed") else 1
+        if value is not None and value < least:
+            raise Abort(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if not 0 < args.val_frac < 1:
+        raise Abort(f"--val-frac must lie between 0 and 1, not {args.val_frac}")
     if args.batch_size % rank_world()[1]:
         raise Abort(f"--batch-size {args.batch_size} does not divide by the {rank_world()[1]} processes of torchrun")
     if args.precision is None:
-        args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     return args
 
 
@@ -123,13 +127,13 @@ def parse(parser, device, argv=None):
 
 def setup():
     """Device of this process: cuda, else mps, else cpu. Under torchrun the process group is opened too."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
         device = torch.device("cuda", local)
-    else:
-        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+    else:                                                            # gloo cannot talk about mps tensors
+        device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -139,7 +143,7 @@ def rank_world():
 
 
 def autocast(device, precision):
-    """The context in which towers run; normalisation and losses stay outside of it, in float32."""
+    """The context in which towers run. encode_image and encode_text leave it in float32, so losses are float32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
@@ -195,11 +199,12 @@ def load_model(name, pretrained, device):
                 raise Abort(f"--model {name}: there is no {os.path.join(path, file)}")
     elif not name.startswith("hf-hub:"):
         _check_name(name, pretrained)
-    config = open_clip.get_model_config(name) or {}
-    if config.get("text_cfg", {}).get("hf_tokenizer_name"):
-        raise Abort(f"--model {name} has a Hugging Face tokenizer; only models with CLIP's own tokenizer are supported")
     try:
+        if (open_clip.get_model_config(name) or {}).get("text_cfg", {}).get("hf_tokenizer_name"):
+            raise Abort(f"--model {name} has a Hugging Face tokenizer; only models with CLIP's own are supported")
         model = open_clip.create_model(name, pretrained or None, device=device)
+    except Abort:
+        raise
     except Exception as e:                                 # no network, a truncated or foreign file: open_clip's words
         raise Abort(f"--model {name} --pretrained {pretrained or repr('')} could not be loaded: "
                     f"{' '.join(str(e).split())[:300]}", code=1)
@@ -221,7 +226,8 @@ def load_model(name, pretrained, device):
 def _check_name(name, pretrained):
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name.replace("/", "-"), open_clip.list_models(), 3)
-        raise Abort(f"--model {name} is not a model of open_clip" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise Abort(f"--model {name} is not a model of open_clip{hint}")
     if not pretrained or os.path.isfile(pretrained):
         return
     if not open_clip.is_pretrained_cfg(name, pretrained) and not open_clip.get_pretrained_cfg(name, pretrained):
@@ -355,7 +361,8 @@ class Images(torch.utils.data.Dataset):
 
 
 class Root:
-    """What a ROOT holds: train, val and shifts (Images), classes (folder names), classnames and templates."""
+    """What a ROOT holds: train, val and shifts (Images), classes (folder names), classnames, templates; and held_out,
+    whether val was held out of the training images."""
 
 
 def _subfolders(path):
@@ -385,6 +392,8 @@ def _scan(path, base, name=None):
         if not found:
             raise Abort(f"class folder {os.path.join(path, c)} holds no image ({', '.join(IMG_EXTENSIONS)})")
         prefix = os.path.relpath(os.path.join(path, c), base)
+        if prefix.startswith(os.pardir):                             # elsewhere: `base` may be a link, and .. go astray
+            prefix = os.path.abspath(os.path.join(path, c))
         files += [os.path.join(prefix, f) for f in found]
         labels += [k] * len(found)
     return Images(name or os.path.basename(os.path.normpath(path)), base, files, labels, classes)
@@ -477,7 +486,7 @@ def read_root(args, need_train=True):
         if not held.any():
             raise Abort(f"{base} has no val/ and too few images a class to hold some out; name a folder with --val")
         root.val, train = train.take(held, "val"), train.take(~held, "train")
-    root.train = train
+    root.train, root.held_out = train, val is None
     root.val.classes, root.val.classnames = root.classes, root.classnames
     root.val.columns = list(range(len(root.classes)))                # val is never scored on a subset of the classes
 
@@ -596,10 +605,10 @@ def ece(confidence, correct, bins=15):
     return float(np.abs(gap).sum() / len(confidence))
 
 
-class _EvalImages(torch.utils.data.Dataset):
+class EvalImages(torch.utils.data.Dataset):
     """All images of several sets, one after the other, ready for the model, and whether they could be read."""
 
-    def __init__(self, sets, preprocess, skip):
+    def __init__(self, sets, preprocess, skip=False):
         self.sets, self.preprocess, self.skip = sets, preprocess, skip
         self.ends = np.cumsum([len(s) for s in sets])
 
@@ -617,24 +626,28 @@ class _EvalImages(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def image_features(model, sets, preprocess, args, device, title="evaluating", skip=False):
-    """Features (n, d) of every set of Images, float32 on the CPU, in file order; every process gets all of them.
+def image_features(model, sets, preprocess, args, device, title="evaluating", skip=False,
+                   dtype=torch.float32):
+    """Features (n, d) of every set of Images, as `dtype` on the CPU, in file order; every process gets all of them.
 
-    An unreadable image ends the program, or with `skip` has NaN for features. Process r reads images r, r + world, ...: each image once, whatever the sizes.
+    An unreadable image ends the program, or with `skip` has NaN for features. Process r reads images r, r + world, ...:
+    each image once, whatever the sizes.
     """
     rank, world = rank_world()
-    images, prepare = _EvalImages(sets, preprocess, skip), to_input(model, device)
+    images, prepare = EvalImages(sets, preprocess, skip), to_input(model, device)
+    if len(images) < world:
+        raise Abort(f"{len(images)} images cannot be shared out to {world} processes")
     mine = torch.utils.data.Subset(images, range(rank, len(images), world))
     loader = torch.utils.data.DataLoader(mine, max(1, args.batch_size // world), num_workers=args.workers,
                                          pin_memory=device.type == "cuda")
     parts = []
     for x, readable in tqdm(loader, title, unit="batch", leave=False, disable=rank != 0):
         with autocast(device, args.precision):
-            parts.append(encode_image(model, prepare(x)).cpu())
+            parts.append(encode_image(model, prepare(x)).to("cpu", dtype))
         parts[-1][~readable] = math.nan
     features = torch.cat(parts)
     if world > 1:                                                    # pad the shorter shares, interleave, cut
-        full = torch.zeros(-(-len(images) // world), features.shape[1])
+        full = torch.zeros(-(-len(images) // world), features.shape[1], dtype=dtype)
         full[:len(features)] = features
         shares = [torch.empty_like(full, device=device) for _ in range(world)]
         dist.all_gather(shares, full.to(device))
@@ -667,7 +680,9 @@ def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title=
     head (K, d): the classifier of the training classes; None for the zero-shot head of the model's own text tower.
     A set with classes that were not trained on has a zero-shot head of its own and stays out of the mean.
     """
-    zero_shot = functools.lru_cache(None)(lambda names: class_head(text_embeddings(model, tokenizer, names, root.templates)))
+    @functools.lru_cache(None)
+    def zero_shot(names):
+        return class_head(text_embeddings(model, tokenizer, names, root.templates))
     sets = [root.val, *root.shifts]
     tau, results = model.logit_scale.exp().float().cpu(), {}
     for images, u in zip(sets, image_features(model, sets, preprocess, args, device, title)):
@@ -676,7 +691,7 @@ def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title=
                 W, kind = zero_shot(tuple(images.classnames)), "zero-shot"
             else:
                 W = zero_shot(tuple(root.classnames)) if head is None else head
-                W, kind = W[images.columns], "trained" if len(images.columns) == len(root.classes) else "subset"
+                W, kind = W[images.columns], "all" if len(images.columns) == len(root.classes) else "subset"
         logits = tau * u @ W.float().cpu().T                                                       # (n, K)
         results[images.name] = {"n": len(images), "classes": len(images.classes), **scores(logits, images.labels),
                                 "skipped": 0, "head": kind}
@@ -689,11 +704,13 @@ def table(columns):
     """The results of several models on the same sets, {title: evaluate(...)}, as text: top-1 and ECE in percent."""
     first = next(iter(columns.values()))
     wide = max(14, *(len(name) + 2 for name in first["sets"]))
-    lines = [" " * (wide + 16) + "".join(f"{title[-17:]:>18}" for title in columns),
-             f"{'set':<{wide}}{'images':>8}{'classes':>8}" + f"{'top-1':>10}{'ECE':>8}" * len(columns)]
+    lines = [" " * (wide + 16) + "".join(
+        f"{title if len(title) < 20 else '...' + title[-16:]:>20}" for title in columns),
+             f"{'set':<{wide}}{'images':>8}{'classes':>8}" + f"{'top-1':>12}{'ECE':>8}" * len(columns)]
 
     def row(name, n, classes, cells):
-        return f"{name:<{wide}}{n:>8}{classes:>8}" + "".join(f"{100 * c['top1']:>10.2f}{100 * c['ece']:>8.2f}" for c in cells)
+        numbers = "".join(f"{100 * c['top1']:>12.2f}{100 * c['ece']:>8.2f}" for c in cells)
+        return f"{name:<{wide}}{n:>8}{classes:>8}{numbers}"
     for own in (False, True):                                        # sets with classes not trained on come last
         for name, r in first["sets"].items():
             if (r["head"] == "zero-shot") == own:
@@ -750,15 +767,18 @@ def save(path, **state):
 
 
 class Log:
-    """The progress bar and log.jsonl of a run. `step` says every --log-every steps, and before a checkpoint, how it goes."""
+    """The progress bar and log.jsonl of a run."""
 
     def __init__(self, args, total, start, title):
         self.args, self.since, self.clock = args, start, time.perf_counter()
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=rank_world()[0] != 0)
 
     def step(self, step, lr, terms, force=False):
-        """terms: {name: scalar tensor}, "loss" among them; their mean over the processes is logged. Raises Abort
-        (code 1) for a loss that is not finite. The one place in a step that waits for the device."""
+        """Log every --log-every steps, and with `force`: the one place in a step that waits for the device.
+
+        terms: {name: scalar tensor}, "loss" among them; their mean over the processes is logged. Raises Abort (code 1)
+        for a loss that is not finite.
+        """
         self.bar.update()
         if not force and step % self.args.log_every:
             return
@@ -796,6 +816,8 @@ def begin(args):
             results = read_json(done)
         if os.path.isfile(last):
             state = torch.load(last, map_location="cpu", weights_only=True)
+    elif not args.overwrite and any(map(os.path.isfile, (last, log, done))):
+        raise Abort(f"--out {args.out} holds files that are not this script's; give another --out, or --overwrite")
     elif main_process:
         os.makedirs(args.out, exist_ok=True)
         for f in (last, log, done):
@@ -805,7 +827,8 @@ def begin(args):
     if dist.is_initialized():
         dist.barrier()
     if main_process and os.path.isfile(log):                         # steps after the checkpoint will come again
-        lines = [line for line in open(log) if state and json.loads(line)["step"] < state["step"]]
+        whole = [line for line in open(log) if line.endswith("\n")]
+        lines = [line for line in whole if state and json.loads(line)["step"] < state["step"]]
         with replacing(log) as f:
             f.write("".join(lines).encode())
     return state, results

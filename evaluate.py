@@ -20,10 +20,13 @@ import common
 def main(argv=None):
     parser = common.flags(__doc__, out="out/evaluate")
     parser.set_defaults(batch_size=256)
-    parser.add_argument("--model", nargs="+", default=["ViT-B-16-quickgelu"], help="runs, open_clip names, local-dir:PATH")
+    parser.add_argument("--model", nargs="+", default=["ViT-B-16-quickgelu"], 
+                        help="folders of runs, open_clip names, local-dir:PATH")
     device = common.setup()
     args = common.parse(parser, device, argv)
 
+    if os.path.isfile(os.path.join(args.out, "args.json")):
+        raise common.Abort(f"--out {args.out} holds a run, which results.json belongs to; give another --out")
     root = common.read_root(args, need_train=False)
     columns = {}
     for name in [args.model] if isinstance(args.model, str) else args.model:
@@ -31,6 +34,12 @@ def main(argv=None):
             name = "local-dir:" + os.path.join(name, "model")
         model, _, preprocess, tokenizer = common.load_model(name, args.pretrained, device)
         title, head = os.path.normpath(name.removeprefix("local-dir:")), None
+        if root.held_out and os.path.isfile(os.path.join(title, os.pardir, "args.json")):
+            run = common.read_json(os.path.join(title, os.pardir, "args.json"))
+            other = [k for k in ("seed", "val_frac", "train") if run[k] != getattr(args, k)]
+            if other and os.path.realpath(run["data"]) == os.path.realpath(args.data):
+                raise common.Abort(f"{title} was trained with another val held out; give " + " ".join(
+                    f"--{k.replace('_', '-')} {' '.join(run[k]) if k == 'train' else run[k]}" for k in other))
         trained = os.path.join(os.path.dirname(title), "head.safetensors")
         if os.path.basename(title) == "model" and os.path.isfile(trained):
             with safetensors.safe_open(trained, "pt") as f:

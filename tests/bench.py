@@ -4,10 +4,11 @@
     python tests/bench.py recipe     # learning rate for all methods, chosen on training images held out, baselines alone
     python tests/bench.py methods    # zero-shot, FT, CAR-FT, FLYP, CaRot, ARF over five seeds, and the papers' claims
 
-Runs are kept in out/bench and are not repeated; --jobs of them go on at once, each on one thread.
+Runs are kept in out/bench until the code changes; --jobs of them go on at once, each on one thread.
 """
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import os
 import platform
@@ -24,9 +25,18 @@ METHODS = {"FT": ("carft.py", "--lam", "0"), "CAR-FT": ("carft.py",),
            "ARF": ("anchor.py",)}
 
 
+def folder():
+    """Where runs are kept: by the content of the code that makes them."""
+    digest = hashlib.sha256()
+    for file in ("calft.py", "carft.py", "anchor.py", "common.py", "tests/toy.py", "tests/toy_clip.safetensors"):
+        with open(os.path.join(REPO, file), "rb") as f:
+            digest.update(f.read())
+    return os.path.join(REPO, "out", "bench", digest.hexdigest()[:8])
+
+
 def run(name, command):
     """Run a script with its output in out/bench/<name>; its results.json."""
-    out = os.path.join(REPO, "out", "bench", name)
+    out = os.path.join(folder(), name)
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "stderr.txt"), "w") as err:
         done = subprocess.run([sys.executable, os.path.join(REPO, command[0]), *command[1:], "--out", out], cwd=REPO,
@@ -56,12 +66,12 @@ def recipe(jobs):
     """FT and FLYP at several learning rates, scored on a fifth of the training images. No val, no shift, no method."""
     import toy
     toy.build()
-    folder = os.path.join(REPO, "out", "bench", "train_only")    # a ROOT without val: the scripts hold images out
-    os.makedirs(folder, exist_ok=True)
-    if not os.path.exists(os.path.join(folder, "train")):
-        os.symlink(os.path.join(toy.where(), "root", "train"), os.path.join(folder, "train"))
+    root = os.path.join(folder(), "train_only")                  # a ROOT without val: the scripts hold images out
+    os.makedirs(root, exist_ok=True)
+    if not os.path.lexists(os.path.join(root, "train")):
+        os.symlink(os.path.join(toy.where(), "root", "train"), os.path.join(root, "train"))
     shared = toy.defaults()
-    base = ["--data", folder, "--workers", "0"]
+    base = ["--data", root, "--workers", "0"]
     for flag in ("model", "epochs", "batch_size", "warmup"):
         base += [f"--{flag.replace('_', '-')}", str(shared[flag])]
     names = {(m, lr): f"recipe-{m}-{lr}" for m in ("FT", "FLYP") for lr in ("3e-5", "1e-4", "3e-4", "1e-3")}
@@ -104,6 +114,8 @@ if __name__ == "__main__":
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error("--seeds must be at least 2, for a standard deviation")
     if args.what == "recipe":
         recipe(args.jobs)
     else:

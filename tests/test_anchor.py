@@ -132,7 +132,7 @@ def test_nearest_pairs_are_taken_once_and_unreadable_ones_left_out(tiny_root, cl
                                  pool=pool)
     images, pairs = common.read_root(args).train, anchor.open_pool(pool)
     got = anchor.retrieved_pairs(pairs, images, model, preprocess, args, CPU)
-    assert "2 of 23 images of the pool cannot be read" in capsys.readouterr().out
+    assert "2 of the pool's 23 images cannot be read" in capsys.readouterr().out
 
     def feature(path):
         return common.encode_image(model, common.to_input(model, CPU)(preprocess(common.read_image(path))[None]))[0]
@@ -145,16 +145,16 @@ def test_nearest_pairs_are_taken_once_and_unreadable_ones_left_out(tiny_root, cl
 
 def test_features_are_cached_until_something_changes(tiny_root, clip, pool, captions, tmp_path, monkeypatch):
     titles, features = [], common.image_features
-    monkeypatch.setattr(common, "image_features", lambda *a, **k: titles.append(a[5] if len(a) > 5 else k.get("title"))
+    monkeypatch.setattr(common, "image_features", lambda *a, **k: titles.append(a[5] if len(a) > 5 else "")
                         or features(*a, **k))
     flags = ["--pool", pool]
     run(anchor, tiny_root, clip(), tmp_path / "out", *flags, steps=1)
-    assert titles.count("pool") == titles.count("training images") == 1
+    assert titles.count("features: pool") == titles.count("features: train") == 1
     run(anchor, tiny_root, clip(), tmp_path / "out", *flags, "--overwrite", steps=1)
-    assert titles.count("pool") == titles.count("training images") == 1
+    assert titles.count("features: pool") == titles.count("features: train") == 1
     shutil.copy(os.path.dirname(pool) + "/p/1.png", os.path.dirname(pool) + "/p/2.png")
     run(anchor, tiny_root, clip(), tmp_path / "out", *flags, "--overwrite", steps=1)
-    assert titles.count("pool") == 2 and titles.count("training images") == 1
+    assert titles.count("features: pool") == 2 and titles.count("features: train") == 1
 
 
 # ---- captions
@@ -173,6 +173,7 @@ def test_captions(tiny_root, captions):
     ("train/ant/0.png no tab", "line 47: expected path<TAB>caption"),
     ("train/ant/0.png\ta\tb", "line 47: expected path<TAB>caption"),
     ("\ta caption of nothing", "line 47: expected path<TAB>caption"),
+    ("headless", "line 1: expected the header"),
     (None, "no caption for 1 training images, train/sea_eel/7.png first"),
 ])
 def test_bad_captions(tiny_root, clip, captions, tmp_path, capsys, line, message):
@@ -180,6 +181,8 @@ def test_bad_captions(tiny_root, clip, captions, tmp_path, capsys, line, message
         text = open(captions).read().replace("train/sea_eel/7.png\tone sea_eel number 7 in the garden\n", "")
     else:
         text = open(captions).read() + line + "\n"
+    if line == "headless":
+        text = open(captions).read().replace("path\tcaption\n", "")
     open(captions, "w").write(text)
     with pytest.raises(SystemExit) as e:
         run(anchor, tiny_root, clip(), tmp_path / "out", "--captions", captions)
@@ -234,7 +237,7 @@ def test_a_caption_model_writes_the_file_and_goes_on_after_a_kill(tiny_root, cli
     flags = ["--caption-model", name, "--ret", "0"]
     run(anchor, tiny_root, clip(), tmp_path / "whole", *flags, steps=1)
     whole = open(tmp_path / "whole" / "captions.tsv").read()
-    assert len(whole.splitlines()) == 41 and whole.startswith("path\tcaption\ntrain/ant/0.png\t")
+    assert len(whole.splitlines()) == 41 and whole.startswith(f"path\tcaption by {name}\ntrain/ant/0.png\t")
     greedy, calls = anchor.greedy_captions, []
 
     def cut(*a, **k):
@@ -253,6 +256,18 @@ def test_a_caption_model_writes_the_file_and_goes_on_after_a_kill(tiny_root, cli
     run(anchor, tiny_root, clip(), tmp_path / "cut", *flags, steps=1)
     assert open(tmp_path / "cut" / "captions.tsv").read() == whole and not os.path.exists(partial)
     assert len(calls) - 3 == 3                                  # what was done is not done again
+
+
+def test_captions_of_another_captioner_are_refused(tiny_root, clip, captions, tmp_path, capsys):
+    """--caption-model is never accepted and then ignored."""
+    name = write_coca(str(tmp_path / "coca"))
+    before = open(captions).read()
+    for flags, culprit in ((["--caption-model", name, "--captions", captions], "is not by --caption-model"),
+                           (["--caption-model", "coca_ViT-L-14"], "needs a tag")):
+        with pytest.raises(SystemExit) as e:
+            run(anchor, tiny_root, clip(), tmp_path / "out", *flags)
+        assert e.value.code == 2 and culprit in capsys.readouterr().err
+        assert open(captions).read() == before and not os.path.exists(tmp_path / "out")
 
 
 # ---- the run

@@ -29,7 +29,7 @@ def test_end_to_end(tiny_root, clip, tmp_path, capsys):
     assert set(os.listdir(tmp_path / "out")) == {"args.json", "log.jsonl", "last.pt", "model", "teacher", "results.json"}
     for scores in (results, results["zero_shot"]):
         assert list(scores["sets"]) == ["val", "few", "other", "sketch"]
-        assert [s["head"] for s in scores["sets"].values()] == ["trained", "subset", "zero-shot", "trained"]
+        assert [s["head"] for s in scores["sets"].values()] == ["all", "subset", "zero-shot", "all"]
         assert [s["n"] for s in scores["sets"].values()] == [15, 9, 9, 15]
         for s in scores["sets"].values():
             assert set(s) == {"n", "classes", "top1", "ece", "ece_batch10", "nll", "brier", "skipped", "head"}
@@ -187,6 +187,23 @@ def test_scores_of_subsets_and_unseen_classes_by_hand(tiny_root, clip, tmp_path)
         assert results[folder]["nll"] == pytest.approx(np.mean(loss), rel=0.01)
 
 
+def test_evaluation_on_images_trained_on_is_refused(tiny_root, clip, tmp_path, capsys):
+    """Without val/ the split is the seed's: with another seed most of "val" would be training images."""
+    os.makedirs(tmp_path / "root")
+    os.symlink(f"{tiny_root}/train", tmp_path / "root" / "train")
+    results = run(calft, tmp_path / "root", clip(), tmp_path / "out", "--seed", "3", steps=1)
+    evaluation = ["--data", str(tmp_path / "root"), "--model", str(tmp_path / "out"), "--out", str(tmp_path / "eval")]
+    with pytest.raises(SystemExit) as e:
+        evaluate.main(evaluation)
+    assert e.value.code == 2 and "--seed 3" in capsys.readouterr().err
+    evaluate.main([*evaluation, "--seed", "3"])
+    again, = json.load(open(tmp_path / "eval" / "results.json")).values()
+    assert again["sets"]["val"]["nll"] == pytest.approx(results["sets"]["val"]["nll"], rel=1e-4)
+    with pytest.raises(SystemExit) as e:                        # the results of a run are not written over
+        evaluate.main([*evaluation, "--seed", "3", "--out", str(tmp_path / "out")])
+    assert e.value.code == 2 and json.load(open(tmp_path / "out" / "results.json")) == results
+
+
 def test_a_corrupt_image_stops_evaluation_by_name(tiny_root, clip, tmp_path, capsys):
     shutil.copytree(tiny_root, tmp_path / "root")
     (tmp_path / "root" / "sketch" / "bee" / "1.png").write_bytes(b"")
@@ -208,16 +225,24 @@ BAD = {
     "no steps": (["--max-steps", "0"], "--max-steps"),
     "no such eval folder": (["--eval", "/no/such/eval"], "/no/such/eval"),
     "not a number": (["--lr", "fast"], "--lr"),
+    "a seed below zero": (["--seed", "-1"], "--seed"),
+    "workers below zero": (["--workers", "-1"], "--workers"),
+    "a fraction above one": (["--val-frac", "2"], "--val-frac"),
+    "broken model folder": (["--model", "local-dir:BROKEN"], "could not be loaded"),
     "unknown flag": (["--accum-please", "2"], "--accum-please"),
 }
 
 
 @pytest.mark.parametrize("flags, culprit", BAD.values(), ids=BAD)
 def test_bad_input(tiny_root, clip, tmp_path, capsys, flags, culprit):
+    os.makedirs(tmp_path / "broken")
+    for file in ("open_clip_config.json", "open_clip_model.safetensors"):
+        (tmp_path / "broken" / file).write_text("{")
+    flags = [f.replace("BROKEN", str(tmp_path / "broken")) for f in flags]
     with pytest.raises(SystemExit) as e:
         run(calft, tiny_root, clip(), tmp_path / "out", *flags)
     err = capsys.readouterr().err.strip()
-    assert e.value.code == 2 and culprit in err.splitlines()[-1] and "Traceback" not in err
+    assert e.value.code == (1 if "broken" in str(flags) else 2) and culprit in err.splitlines()[-1] and "Traceback" not in err
     assert not os.path.exists(tmp_path / "out")
 
 
@@ -244,7 +269,7 @@ def test_two_processes_are_one(tiny_root, clip, tmp_path, kind):
 
 @pytest.mark.skipif(not os.path.isdir(f"{SHARED}/imagenet-sample"), reason="no ../shared/data here")
 def test_imagenet_layout_with_real_photographs(tmp_path):
-    """1000 wnid folders, digit-named V2, ImageNet's names, a 1000-way head, an export; random weights, two steps."""
+    """1000 wnid folders and their names, digit-named V2, the projections and head of ViT-B-32."""
     os.makedirs(tmp_path / "imagenet")
     wnids = sorted(os.listdir(f"{SHARED}/imagenet-sample"))
     for folder in ("train", "val"):

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """carft.py: its two heads and its divergence by naive loops, its run against a plain loop."""
-import copy
 import json
 import math
 import os
@@ -100,21 +99,24 @@ def test_the_text_tower_is_not_carried(tiny_root, clip, tmp_path):
 
 
 def test_lam_0_is_plain_fine_tuning_and_skips_the_frozen_tower(tiny_root, clip, tmp_path, monkeypatch):
-    copies, deepcopy = [], copy.deepcopy
-    monkeypatch.setattr(carft.copy, "deepcopy", lambda x, *a: copies.append(type(x).__name__) or deepcopy(x, *a))
+    seen, encode_image = [], common.encode_image
+    monkeypatch.setattr(common, "encode_image", lambda m, x: seen.append(m) or encode_image(m, x))
     run(carft, tiny_root, clip(), tmp_path / "out", "--lam", "0")
-    assert "VisionTransformer" not in copies
+    assert all(m is seen[0] for m in seen)
     assert all(line["loss"] == line["cross_entropy"] and "context_kl" not in line for line in log(tmp_path / "out"))
 
 
 def test_one_image_forward_and_one_frozen(tiny_root, clip, tmp_path, monkeypatch):
-    """The floor of a step: nothing else that grows with the batch, so no text either."""
-    calls, encode_text = [], common.encode_text
-    monkeypatch.setattr(common, "encode_text", lambda m, t: calls.append(len(t)) or encode_text(m, t))
-    run(carft, tiny_root, clip(), tmp_path / "a", steps=1)
-    few = len(calls)
-    run(carft, tiny_root, clip(), tmp_path / "b", steps=6)
-    assert len(calls) == 2 * few
+    """The floor of a step: five steps more cost five forwards with gradient, five without, and no text."""
+    texts, images, encode_text, encode_image = [], [], common.encode_text, common.encode_image
+    monkeypatch.setattr(common, "encode_text", lambda m, t: texts.append(len(t)) or encode_text(m, t))
+    monkeypatch.setattr(common, "encode_image", lambda m, x: images.append(torch.is_grad_enabled()) or encode_image(m, x))
+    counts = []
+    for steps in (1, 6):
+        run(carft, tiny_root, clip(), tmp_path / str(steps), steps=steps)
+        counts.append((len(texts), images.count(True), images.count(False)))
+        texts.clear(), images.clear()
+    assert [b - a for a, b in zip(*counts)] == [0, 5, 5]
 
 
 def test_the_trained_head_is_used_where_classes_match(tiny_root, clip, tmp_path):
