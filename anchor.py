@@ -214,9 +214,10 @@ def open_pool(pattern):
 def retrieve(query, pool, k):
     """Rows of pool (m, d) nearest to each row of query (n, d) by inner product: (n, k) long, the best first; exact.
 
-    By blocks of 4096 x 32768 scores (0.5 GiB in float32) on the device of `query`, where each block of the pool is sent
-    once.
-    @COST@
+    By blocks of 4096 x 32768 scores (0.5 GiB in float32) on the device of `query`; each block of the pool goes there
+    once. ImageNet (n = 1.28 million) and CC3M (m = 3.3 million, d = 512) are 31,600 blocks and, in float16, 1.3 GB of
+    queries on the device and 3.4 GB of pool on the host. A block takes 1.2 s on two CPU cores (measured, AMD EPYC), so
+    10.5 hours there; at 40 TFLOP/s in float32 a GPU would need 3.4 ms, two minutes in all (computed, not measured).
     """
     k = min(k, len(pool))
     best = torch.full((len(query), k), -math.inf, device=query.device)

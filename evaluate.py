@@ -30,24 +30,25 @@ def main(argv=None):
     root = common.read_root(args, need_train=False)
     columns = {}
     for name in [args.model] if isinstance(args.model, str) else args.model:
+        column = os.path.normpath(name.removeprefix("local-dir:"))
         if os.path.isdir(os.path.join(name, "model")):               # the folder of a run
             name = "local-dir:" + os.path.join(name, "model")
         model, _, preprocess, tokenizer = common.load_model(name, args.pretrained, device)
-        title, head = os.path.normpath(name.removeprefix("local-dir:")), None
-        if root.held_out and os.path.isfile(os.path.join(title, os.pardir, "args.json")):
-            run = common.read_json(os.path.join(title, os.pardir, "args.json"))
+        path, head = os.path.normpath(name.removeprefix("local-dir:")), None
+        if root.held_out and os.path.isfile(os.path.join(path, os.pardir, "args.json")):
+            run = common.read_json(os.path.join(path, os.pardir, "args.json"))
             other = [k for k in ("seed", "val_frac", "train") if run[k] != getattr(args, k)]
             if other and os.path.realpath(run["data"]) == os.path.realpath(args.data):
-                raise common.Abort(f"{title} was trained with another val held out; give " + " ".join(
+                raise common.Abort(f"{path} was trained with another val held out; give " + " ".join(
                     f"--{k.replace('_', '-')} {' '.join(run[k]) if k == 'train' else run[k]}" for k in other))
-        trained = os.path.join(os.path.dirname(title), "head.safetensors")
-        if os.path.basename(title) == "model" and os.path.isfile(trained):
+        trained = os.path.join(os.path.dirname(path), "head.safetensors")
+        if os.path.basename(path) == "model" and os.path.isfile(trained):
             with safetensors.safe_open(trained, "pt") as f:
                 if json.loads(f.metadata()["classes"]) == root.classes:
                     head = f.get_tensor("W_cls")
                 else:
                     print(f"{trained} was trained on other classes: zero-shot head")
-        columns[title] = common.evaluate(model, tokenizer, preprocess, root, args, device, head, title)
+        columns[column] = common.evaluate(model, tokenizer, preprocess, root, args, device, head, column)
     os.makedirs(args.out, exist_ok=True)
     common.write_json(os.path.join(args.out, "results.json"), columns)
     if common.rank_world()[0] == 0:
