@@ -10,10 +10,10 @@
     S_ema                S by the teacher, whose weights are theta_ema <- m theta_ema + (1 - m) theta after steps 0,
                          500, 1000, ... (--ema-every); between, it stands still
 
-The paper bounds error and calibration error under shift by two quantities of the training distribution. Near-
-orthonormal columns of W_v keep up the first, the smallest singular value of the features' covariance; self-
-distillation keeps down the second, the calibration error. Where paper and released code differ we follow the code: the
-norm of the second term is not squared, and the last term is not in the paper's loss as we know it.
+The paper bounds error and calibration error under shift by two quantities of the training distribution: the smallest
+singular value of the features' covariance, which orthonormal columns of W_v keep up, and the calibration error, which
+self-distillation keeps down. Where paper and released code differ we follow the code: the norm of the second term is
+not squared, and the last term is not in the paper's loss as we know it.
 
     python calft.py                                                   # the toy, on a CPU
     python calft.py --data /imagenet                                  # the released recipe, on a GPU

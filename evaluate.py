@@ -20,7 +20,7 @@ import common
 def main(argv=None):
     parser = common.flags(__doc__, out="out/evaluate")
     parser.set_defaults(batch_size=256)
-    parser.add_argument("--model", nargs="+", default=["ViT-B-16-quickgelu"], 
+    parser.add_argument("--model", nargs="+", default=["ViT-B-16-quickgelu"],
                         help="folders of runs, open_clip names, local-dir:PATH")
     device = common.setup()
     args = common.parse(parser, device, argv)

@@ -272,8 +272,8 @@ POOL = 2400
 
 
 def where():
-    """The toy's folder, named by the content of this file and of the weights: a changed toy is another toy."""
-    digest = hashlib.sha256()
+    """The toy's folder, named by what makes it (this file, the weights, torch): a changed toy is another toy."""
+    digest = hashlib.sha256(torch.__version__.encode())
     for path in (os.path.abspath(__file__), WEIGHTS):
         with open(path, "rb") as f:
             digest.update(f.read())
