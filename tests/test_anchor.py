@@ -100,6 +100,16 @@ def test_shards_are_read_back_byte_for_byte(tmp_path, monkeypatch):
     assert seen[-1] == png(3) and pool.take([1]).texts == ["drei zeilen"]
 
 
+def test_training_on_shards(tiny_root, clip, tmp_path):
+    """Two shards are the pool; fewer pairs than the batch are all taken, every step."""
+    for s in range(2):
+        members = [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("jpg", png(10 * s + i)), ("txt", b"some text"))]
+        write_shard(tmp_path / f"{s:05d}.tar", members)
+    flags = ["--pool", str(tmp_path / "{00000..00001}.tar"), "--k", "6", "--workers", "1"]
+    run(anchor, tiny_root, clip(), tmp_path / "out", *flags, steps=2)
+    assert all(line["retrieved"] > 0 for line in log(tmp_path / "out"))
+
+
 def test_a_tsv_pool(pool):
     pairs = anchor.open_pool(pool)
     assert len(pairs) == 23 and pairs.texts[3] == "pool picture 3"
