@@ -335,12 +335,14 @@ def contrastive_loss(image_features, text_features, logit_scale):
 class Images(torch.utils.data.Dataset):
     """Image files with labels. base/files[i] has class classes[labels[i]] and is called classnames[labels[i]].
 
-    Evaluated with the training head, its logits are the columns `columns` of it, in the order of `classes`; None
-    where a class was not trained on, and the set gets a zero-shot head of its own.
+    Evaluated with the training head, the logit of classes[k] is the greatest of its columns columns[k], mostly one;
+    columns None: a class was not trained on, and the set gets a zero-shot head of its own. `border` pixels are cut off
+    on each side. group: the --eval folder of image folders that the set is part of.
     """
 
     def __init__(self, name, base, files, labels, classes, classnames=None, columns=None):
         self.name, self.base, self.classes, self.classnames, self.columns = name, base, classes, classnames, columns
+        self.border, self.group = 0, None
         self.files = np.array([os.fsencode(f) for f in files])       # one block of bytes: workers share it
         self.labels = np.asarray(labels, dtype=np.int64)
 
@@ -354,7 +356,8 @@ class Images(torch.utils.data.Dataset):
         return os.path.join(self.base, self.file(i))
 
     def read(self, i):
-        return read_image(self.path(i))
+        b, x = self.border, read_image(self.path(i))
+        return x[:, b:x.shape[1] - b, b:x.shape[2] - b]
 
     def take(self, keep, name):
         return Images(name, self.base, self.files[keep], self.labels[keep], self.classes, self.classnames, self.columns)
@@ -428,15 +431,65 @@ def _match(images, root, classnames_root):
     """Say which columns of the training head the classes of an evaluation set are, in place."""
     index = {c: k for k, c in enumerate(root.classes)}
     if set(images.classes) <= set(index):                            # all of the training classes, or a subset
-        columns = [index[c] for c in images.classes]
-        images.classnames = [root.classnames[k] for k in columns]
+        columns = [[index[c]] for c in images.classes]
+        images.classnames = [root.classnames[k] for k, in columns]
     elif sorted(images.classes) == sorted(map(str, range(len(index)))):  # ImageNet-V2: the folder name is the index
-        columns = [int(c) for c in images.classes]                   # ... and sorts as a string: 0, 1, 10, 100, ...
-        images.classnames = [root.classnames[k] for k in columns]
+        columns = [[int(c)] for c in images.classes]                 # ... and sorts as a string: 0, 1, 10, 100, ...
+        images.classnames = [root.classnames[k] for k, in columns]
     else:
         columns, images.classnames = None, _classnames(images.classes, classnames_root)
     images.columns = columns
     return images
+
+
+def _objectnet(path, root, name):
+    """The Images of ObjectNet as it unpacks: path/images/<folder>/*.png and path/mappings. Raises Abort.
+
+    Where the training classes are ImageNet's 1000, of its 313 classes the 113 that are also ImageNet's count, each with
+    the logits of all ImageNet classes it maps to; elsewhere all, zero-shot. The red border of 2 pixels is cut off.
+    """
+    def mapping(name):
+        file = os.path.join(path, "mappings", name)
+        try:
+            with open(file, encoding="utf-8") as f:
+                return json.load(f) if name.endswith(".json") else f.read().splitlines()
+        except (OSError, ValueError) as e:
+            raise Abort(f"{file} cannot be read ({e}); ObjectNet's classes are mapped by the files in its mappings/")
+    images = _scan(os.path.join(path, "images"), path, name)
+    labels = mapping("folder_to_objectnet_label.json")               # {folder: label}
+    strange = [c for c in images.classes if c not in labels]
+    if strange:
+        raise Abort(f"{path}/images/{strange[0]} is not in {path}/mappings/folder_to_objectnet_label.json")
+    images.classnames, images.border = [labels[c] for c in images.classes], 2
+    if root.classes == ImageNetInfo().label_names():
+        names = mapping("objectnet_to_imagenet_1k.json")             # {label: "name; name"} for the 113
+        line = {name: i for i, name in enumerate(mapping("imagenet_to_label_2012_v2"))}
+        index = {i: int(k) for k, i in mapping("pytorch_to_imagenet_2012_id.json").items()}        # line: model index
+        kept = [k for k, label in enumerate(images.classnames) if label in names]
+        try:
+            images.columns = [[index[line[name]] for name in names[images.classnames[k]].split("; ")] for k in kept]
+        except KeyError as e:
+            raise Abort(f"{path}/mappings: the files do not agree, {e} has no index")
+        images.classes, images.classnames = [[x[k] for k in kept] for x in (images.classes, images.classnames)]
+        rows = np.isin(images.labels, kept)
+        images.files, images.labels = images.files[rows], np.searchsorted(kept, images.labels[rows])
+    return images
+
+
+def _eval_sets(path, root, classnames_root, name=None):
+    """The evaluation sets of a folder: itself, or those of its subfolders (ImageNet-C's corruption/severity/class)."""
+    if os.path.basename(os.path.normpath(path)) == "images" and os.path.isdir(os.path.join(path, "..", "mappings")):
+        path = os.path.dirname(os.path.abspath(path))                # of ObjectNet, the folder above is meant
+    name = name or os.path.basename(os.path.normpath(path))
+    if os.path.isdir(os.path.join(path, "mappings")) and os.path.isdir(os.path.join(path, "images")):
+        return [_objectnet(path, root, name)]
+    inner = [d for d in _subfolders(path) if _subfolders(os.path.join(path, d))] if os.path.isdir(path) else []
+    if not inner or _is_image_folder(path):
+        return [_match(_scan(path, root.base, name), root, classnames_root)]
+    sets = [s for d in inner for s in _eval_sets(os.path.join(path, d), root, classnames_root, f"{name}/{d}")]
+    for s in sets:
+        s.group = name
+    return sets
 
 
 def read_root(args, need_train=True):
@@ -448,6 +501,7 @@ def read_root(args, need_train=True):
     if not os.path.isdir(args.data):
         raise Abort(f"--data {args.data} is not a folder")
     root, base = Root(), args.data
+    root.base = base
     where = lambda d: d if os.path.isabs(d) else os.path.join(base, d)
     val = args.val or ("val" if os.path.isdir(where("val")) else None)
     missing = [d for d in args.train if not os.path.isdir(where(d))]
@@ -488,19 +542,21 @@ def read_root(args, need_train=True):
         root.val, train = train.take(held, "val"), train.take(~held, "train")
     root.train, root.held_out = train, val is None
     root.val.classes, root.val.classnames = root.classes, root.classnames
-    root.val.columns = list(range(len(root.classes)))                # val is never scored on a subset of the classes
+    root.val.columns = [[k] for k in range(len(root.classes))]       # val is never scored on a subset of the classes
 
     used = {os.path.realpath(where(d)) for d in [*args.train, val or "train"]}
     others = [where(d) for d in _subfolders(base) if os.path.realpath(where(d)) not in used]
-    for d in others:
-        if not _is_image_folder(d) and rank_world()[0] == 0:
-            print(f"{d}: not an image folder, not evaluated")
+    shifts = [d for d in others if _is_image_folder(d) or os.path.isdir(os.path.join(d, "mappings"))]
+    if rank_world()[0] == 0:
+        for d in others:
+            if d not in shifts:
+                print(f"{d}: not an image folder, not evaluated (if it holds image folders, name it with --eval)")
     root.shifts = []
-    for d in [d for d in others if _is_image_folder(d)] + args.eval:
-        images = _match(_scan(d, base), root, base if d in others else os.path.dirname(os.path.abspath(d)))
-        if images.name in [s.name for s in [root.val, *root.shifts]]:
-            images.name = os.path.normpath(d)                        # two sets of one name
-        root.shifts.append(images)
+    for d in shifts + args.eval:
+        sets = _eval_sets(d, root, base if d in others else os.path.dirname(os.path.abspath(d)))
+        if any(s.name == other.name for s in sets for other in [root.val, *root.shifts]):          # two of one name
+            sets = _eval_sets(d, root, os.path.dirname(os.path.abspath(d)), os.path.normpath(d))
+        root.shifts += sets
     return root
 
 
@@ -675,7 +731,9 @@ def scores(logits, labels):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title="evaluating"):
-    """Scores on val and every shift: {"sets": {name: {...}}, "shift_mean": {"top1", "ece"}}.
+    """Scores on val and every shift: {"sets": {name: {...}}, "shift_mean": {"top1", "ece"}, "means": {...}}.
+
+    means: of the sets below each folder of a folder of image folders; in shift_mean such a folder counts once.
 
     head (K, d): the classifier of the training classes; None for the zero-shot head of the model's own text tower.
     A set with classes that were not trained on has a zero-shot head of its own and stays out of the mean.
@@ -691,19 +749,31 @@ def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title=
                 W, kind = zero_shot(tuple(images.classnames)), "zero-shot"
             else:
                 W = zero_shot(tuple(root.classnames)) if head is None else head
-                W, kind = W[images.columns], "all" if len(images.columns) == len(root.classes) else "subset"
+                kind = "all" if len(images.columns) == len(root.classes) else "subset"
         logits = tau * u @ W.float().cpu().T                                                       # (n, K)
+        if images.columns is not None:                               # of several columns of a class the greatest counts
+            logits = torch.stack([logits[:, columns].amax(1) for columns in images.columns], 1)
         results[images.name] = {"n": len(images), "classes": len(images.classes), **scores(logits, images.labels),
                                 "skipped": 0, "head": kind}
-    shifts = [r for name, r in results.items() if name != "val" and r["head"] != "zero-shot"]
-    mean = {k: sum(r[k] for r in shifts) / len(shifts) for k in ("top1", "ece")} if shifts else None
-    return {"sets": results, "shift_mean": mean}
+
+    def mean(names):
+        return {k: sum(results[name][k] for name in names) / len(names) for k in ("top1", "ece")}
+    folders, units = {}, {}                                          # {folder: its sets}, {what counts once: its sets}
+    for s in root.shifts:
+        inner = s.name[len(s.group) + 1:].split("/")[:-1] if s.group else []
+        for depth in range(len(inner) + 1 if s.group else 0):
+            folders.setdefault("/".join([s.group, *inner[:depth]]), []).append(s.name)
+        if s.columns is not None:
+            units.setdefault(s.group or s.name, []).append(s.name)
+    once = [mean(names) for names in units.values()]
+    return {"sets": results, "means": {folder: mean(names) for folder, names in folders.items()},
+            "shift_mean": {k: sum(m[k] for m in once) / len(once) for k in ("top1", "ece")} if once else None}
 
 
 def table(columns):
     """The results of several models on the same sets, {title: evaluate(...)}, as text: top-1 and ECE in percent."""
     first = next(iter(columns.values()))
-    wide = max(14, *(len(name) + 2 for name in first["sets"]))
+    wide = max(14, *(len(name) + 2 for name in first["sets"]), *(len(name) + 7 for name in first["means"]))
     lines = [" " * (wide + 16) + "".join(
         f"{title if len(title) < 20 else '...' + title[-16:]:>20}" for title in columns),
              f"{'set':<{wide}}{'images':>8}{'classes':>8}" + f"{'top-1':>12}{'ECE':>8}" * len(columns)]
@@ -715,8 +785,10 @@ def table(columns):
         for name, r in first["sets"].items():
             if (r["head"] == "zero-shot") == own:
                 lines.append(row(name + " *" * own, r["n"], r["classes"], [c["sets"][name] for c in columns.values()]))
-        if not own and first["shift_mean"]:
-            lines.append(row("shift mean", "", "", [c["shift_mean"] for c in columns.values()]))
+        if not own:
+            lines += [row("mean " + f, "", "", [c["means"][f] for c in columns.values()]) for f in first["means"]]
+            if first["shift_mean"]:
+                lines.append(row("shift mean", "", "", [c["shift_mean"] for c in columns.values()]))
     if any(r["head"] == "zero-shot" for r in first["sets"].values()):
         lines.append("* classes that were not trained on: zero-shot head from the model's text tower, not in the mean")
     return "\n".join(lines)

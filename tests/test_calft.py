@@ -286,7 +286,7 @@ def test_imagenet_layout_with_real_photographs(tmp_path):
     model, *_, tokenizer = common.load_model("ViT-B-32", "", CPU)
     assert calft.projections(model)[0].shape == (768, 512)
     v2 = root.shifts[0]
-    columns = np.array(v2.columns)[v2.labels]
-    assert all(wnids[c] == os.path.realpath(v2.path(i)).split("/")[-2] for i, c in enumerate(columns))
+    columns = [v2.columns[k] for k in v2.labels]
+    assert all(wnids[c] == os.path.realpath(v2.path(i)).split("/")[-2] for i, (c,) in enumerate(columns))
     head = common.class_head(common.text_embeddings(model, tokenizer, root.classnames[:50], root.templates))
     assert head.shape == (50, 512) and math.isclose(float(head[0].norm()), 1, rel_tol=1e-5)

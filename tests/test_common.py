@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Text and heads against open_clip, scores against torchmetrics, images against Pillow, ROOT's rules one by one."""
 import io
+import json
+import math
 import os
 import types
 
@@ -236,7 +238,8 @@ def test_root(tiny_root):
     assert root.classes == ["ant", "bee", "cat", "dog", "sea_eel"]
     assert root.classnames == ["ant", "bee", "cat", "dog", "sea eel"]
     assert (len(root.train), len(root.val)) == (40, 15)
-    assert [(s.name, s.columns) for s in root.shifts] == [("few", [1, 3, 4]), ("other", None), ("sketch", [0, 1, 2, 3, 4])]
+    assert [(s.name, s.columns) for s in root.shifts] == [
+        ("few", [[1], [3], [4]]), ("other", None), ("sketch", [[0], [1], [2], [3], [4]])]
     assert root.shifts[1].classnames == ["bee", "fox", "hen"]   # one class not trained on: its own zero-shot head
     assert root.templates == ["a photo of a {}.", "a sketch of the {}.", "art of a {}."]
     assert root.train.path(0) == f"{tiny_root}/train/ant/0.png"
@@ -263,9 +266,9 @@ def test_digit_folders_are_indices_and_not_strings(tmp_path):
     write_images(str(tmp_path / "v2"), [str(k) for k in range(12)], 1)
     write_images(str(tmp_path / "ten"), [str(k) for k in range(10)], 1)
     v2, ten = {s.name: s for s in read(tmp_path).shifts}["v2"], {s.name: s for s in read(tmp_path).shifts}["ten"]
-    assert v2.classes[:3] == ["0", "1", "10"] and v2.columns[:3] == [0, 1, 10]
+    assert v2.classes[:3] == ["0", "1", "10"] and v2.columns[:3] == [[0], [1], [10]]
     for i in range(len(v2)):
-        assert v2.columns[v2.labels[i]] == int(v2.path(i).split("/")[-2])
+        assert v2.columns[v2.labels[i]] == [int(v2.path(i).split("/")[-2])]
     assert ten.columns is None                                  # not exactly 0..11: ten classes called 0..9
 
 
@@ -294,6 +297,116 @@ def test_eval_folders_elsewhere(tmp_path, tiny_root):
     names = [s.name for s in root.shifts]
     assert len(set(names)) == 5 and names[-1] == "zoo"
     assert root.shifts[-1].classnames == ["tench", "ex why"]
+
+
+def write_objectnet(path, folders, labels, to_imagenet, border=(255, 0, 0)):
+    """The format of the data set's own mapping files; images with the 2-pixel border."""
+    from timm.data import ImageNetInfo
+    names = [f"imagenet name {wnid}" for wnid in ImageNetInfo().label_names()]
+    order = list(np.random.default_rng(0).permutation(1000))    # line i of the file is not model index i
+    os.makedirs(f"{path}/mappings")
+    json.dump(dict(zip(folders, labels)), open(f"{path}/mappings/folder_to_objectnet_label.json", "w"))
+    json.dump({label: "; ".join(names[k] for k in ks) for label, ks in to_imagenet.items()},
+              open(f"{path}/mappings/objectnet_to_imagenet_1k.json", "w"))
+    open(f"{path}/mappings/imagenet_to_label_2012_v2", "w").write("\n".join(names[k] for k in order) + "\n")
+    json.dump({str(k): i for i, k in enumerate(int(k) for k in order)},
+              open(f"{path}/mappings/pytorch_to_imagenet_2012_id.json", "w"))
+    for folder in folders:
+        os.makedirs(f"{path}/images/{folder}")
+        image = Image.new("RGB", (50, 44), border)
+        image.paste((10, 200, 30), (2, 2, 48, 42))
+        image.save(f"{path}/images/{folder}/a.png")
+
+
+@pytest.fixture(scope="module")
+def imagenet_like(tmp_path_factory):
+    """A ROOT with ImageNet's 1000 wnids, an image each."""
+    from timm.data import ImageNetInfo
+    root = tmp_path_factory.mktemp("imagenet")
+    for wnid in ImageNetInfo().label_names():
+        os.makedirs(root / "val" / wnid)
+        Image.new("RGB", (8, 8)).save(root / "val" / wnid / "0.png")
+    os.symlink(root / "val", root / "train")
+    (root / "templates.txt").write_text("a photo of a {}.\n")
+    return root
+
+
+def test_objectnet(imagenet_like, tmp_path):
+    """Snake-named folders whose labels do not slugify, many-to-one columns, classes that ImageNet lacks, the border."""
+    folders, labels = ["air_freshener", "full_sized_towel", "bicycle"], ["Air freshener", "Bath towel", "Bicycle"]
+    write_objectnet(str(tmp_path / "objectnet-1.0"), folders, labels, {"Bath towel": [434], "Bicycle": [671, 444]})
+    for path in (tmp_path / "objectnet-1.0", tmp_path / "objectnet-1.0" / "images"):
+        images, = read(imagenet_like, need_train=False, eval=[str(path)]).shifts
+        assert images.classes == ["bicycle", "full_sized_towel"] and images.columns == [[671, 444], [434]]
+        assert [images.file(i) for i in range(len(images))] == ["images/bicycle/a.png", "images/full_sized_towel/a.png"]
+        assert images.labels.tolist() == [0, 1]
+        x = images.read(0)
+        assert x.shape == (3, 40, 46) and not (x[0] == 255).any()
+    os.remove(tmp_path / "objectnet-1.0" / "mappings" / "pytorch_to_imagenet_2012_id.json")
+    with pytest.raises(common.Abort, match="pytorch_to_imagenet_2012_id.json cannot be read"):
+        read(imagenet_like, need_train=False, eval=[str(tmp_path / "objectnet-1.0")])
+
+
+def test_objectnet_for_other_classes_is_zero_shot(tiny_root, tmp_path):
+    write_objectnet(str(tmp_path / "objectnet-1.0"), ["full_sized_towel", "bicycle"], ["Bath towel", "Bicycle"], {})
+    images = read(tiny_root, eval=[str(tmp_path / "objectnet-1.0")]).shifts[-1]
+    assert images.columns is None and images.classnames == ["Bicycle", "Bath towel"]
+
+
+def test_the_greatest_of_several_columns_counts(tiny_root, clip, monkeypatch):
+    """By hand, one image at a time."""
+    model, _, preprocess, tokenizer = common.load_model(clip(), "", CPU)
+    root = read(tiny_root)
+    shift = [s for s in root.shifts if s.name == "few"][0]
+    shift.columns, root.shifts = [[1, 0], [3], [4, 2]], [shift]
+    args = types.SimpleNamespace(batch_size=4, workers=0, precision="fp32")
+    got = common.evaluate(model, tokenizer, preprocess, root, args, CPU)["sets"]["few"]
+    with torch.no_grad():
+        head = common.class_head(common.text_embeddings(model, tokenizer, root.classnames, root.templates))
+        x = common.to_input(model, CPU)(torch.stack([preprocess(shift.read(i)) for i in range(9)]))
+        S = model.logit_scale.exp() * common.encode_image(model, x) @ head.T
+        losses = []
+        for row, label in zip(S.tolist(), shift.labels):
+            three = [max(row[1], row[0]), row[3], max(row[4], row[2])]
+            losses.append(math.log(sum(map(math.exp, three))) - three[label])
+    assert got["nll"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_a_folder_of_image_folders(tiny_root, clip, tmp_path):
+    """ImageNet-C: corruption/severity/class. A mean per corruption and over all, and one voice in the shift mean."""
+    for corruption, severities in (("fog", "123"), ("snow", "5")):
+        for severity in severities:
+            write_images(str(tmp_path / "imagenet-c" / corruption / severity), ["ant", "bee", "cat", "dog", "sea_eel"], 2,
+                         seed=int(severity))
+    root = read(tiny_root, eval=[str(tmp_path / "imagenet-c")])
+    model, _, preprocess, tokenizer = common.load_model(clip(), "", CPU)
+    args = types.SimpleNamespace(batch_size=64, workers=0, precision="fp32")
+    got = common.evaluate(model, tokenizer, preprocess, root, args, CPU)
+    top1 = {name: s["top1"] for name, s in got["sets"].items()}
+    fog = [top1[f"imagenet-c/fog/{i}"] for i in (1, 2, 3)]
+    assert set(got["means"]) == {"imagenet-c", "imagenet-c/fog", "imagenet-c/snow"}
+    assert got["means"]["imagenet-c/fog"]["top1"] == pytest.approx(np.mean(fog))
+    both = np.mean([*fog, top1["imagenet-c/snow/5"]])
+    assert got["means"]["imagenet-c"]["top1"] == pytest.approx(both)
+    assert got["shift_mean"]["top1"] == pytest.approx(np.mean([top1["few"], top1["sketch"], both]))
+    assert "mean imagenet-c/fog" in common.table({"one": got})
+
+
+def test_imagenet_r_and_a_by_timms_lists(imagenet_like, tmp_path):
+    """200 of the 1000 logits each, and not the same 200."""
+    from importlib.resources import files
+    columns = []
+    for name in ("imagenet_r", "imagenet_a"):
+        wnids = files("timm.data").joinpath("_info", f"{name}_synsets.txt").read_text().split()
+        for wnid in wnids:
+            os.makedirs(tmp_path / name / wnid)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / wnid / "0.png")
+        images, = read(imagenet_like, need_train=False, eval=[str(tmp_path / name)]).shifts
+        assert len(images.columns) == 200 and images.classes == sorted(wnids)
+        root_classes = sorted(os.listdir(imagenet_like / "val"))
+        assert [root_classes[k] for k, in images.columns] == images.classes
+        columns.append({k for k, in images.columns})
+    assert columns[0] != columns[1]
 
 
 @pytest.mark.parametrize("make, message", [
