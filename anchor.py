@@ -133,11 +133,11 @@ def write_captions(path, name, images, args, device):
     with common.replacing(partial) as f:
         f.write("".join(whole).encode())
     done, prepare = len(whole) - 1, common.to_input(coca, device)
-    todo = common.EvalImages([images.take(np.arange(done, len(images)), "train")], preprocess)
+    todo = common.EvalImages([images.take(np.arange(done, len(images)), "train")], [preprocess])
     loader = torch.utils.data.DataLoader(todo, args.batch_size, num_workers=args.workers)
     with open(partial, "a", encoding="utf-8", newline="\n") as f, \
             tqdm(total=len(images), initial=done, desc="captions", unit="image") as bar:
-        for x, _ in loader:
+        for (x,), _ in loader:
             with common.autocast(device, args.precision):
                 tokens = greedy_captions(coca, prepare(x)).tolist()
             for row in tokens:
@@ -244,8 +244,8 @@ def cached_features(name, files, images, model, preprocess, args, device):
         with safetensors.safe_open(path, "pt") as f:
             if f.metadata() == {"made_from": digest.hexdigest()}:
                 return f.get_tensor("features")
-    features = common.image_features(model, [images], preprocess, args, device, f"features: {name}", skip=True,
-                                     dtype=torch.float16)[0]
+    (features,), = common.image_features([model], [preprocess], [images], args, device, f"features: {name}", skip=True,
+                                         dtype=torch.float16)
     common.write_tensors(path, {"features": features}, made_from=digest.hexdigest())
     return features
 

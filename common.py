@@ -662,10 +662,10 @@ def ece(confidence, correct, bins=15):
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """All images of several sets, one after the other, ready for the model, and whether they could be read."""
+    """All images of several sets, one after the other, ready for each of the models, and whether they could be read."""
 
-    def __init__(self, sets, preprocess, skip=False):
-        self.sets, self.preprocess, self.skip = sets, preprocess, skip
+    def __init__(self, sets, preprocesses, skip=False):
+        self.sets, self.preprocesses, self.skip = sets, preprocesses, skip
         self.ends = np.cumsum([len(s) for s in sets])
 
     def __len__(self):
@@ -674,41 +674,44 @@ class EvalImages(torch.utils.data.Dataset):
     def __getitem__(self, i):
         k = int(np.searchsorted(self.ends, i, side="right"))
         try:
-            return self.preprocess(self.sets[k].read(i - self.ends[k] + len(self.sets[k]))), True
+            x, readable = self.sets[k].read(i - self.ends[k] + len(self.sets[k])), True
         except Abort:
             if not self.skip:
                 raise
-            return self.preprocess(torch.zeros(3, 8, 8, dtype=torch.uint8)), False
+            x, readable = torch.zeros(3, 8, 8, dtype=torch.uint8), False
+        return [preprocess(x) for preprocess in self.preprocesses], readable
 
 
 @torch.no_grad()
-def image_features(model, sets, preprocess, args, device, title="evaluating", skip=False,
-                   dtype=torch.float32):
-    """Features (n, d) of every set of Images, as `dtype` on the CPU, in file order; every process gets all of them.
+def image_features(models, preprocesses, sets, args, device, title="evaluating", skip=False, dtype=torch.float32):
+    """For every model, the features (n, d) of every set of Images, as `dtype` on the CPU, in file order; on all processes.
 
-    An unreadable image ends the program, or with `skip` has NaN for features. Process r reads images r, r + world, ...:
-    each image once, whatever the sizes.
+    Each image is decoded once for all models. An unreadable one ends the program, or with `skip` has NaN for features.
+    Process r reads images r, r + world, ...: each image once, whatever the sizes.
     """
     rank, world = rank_world()
-    images, prepare = EvalImages(sets, preprocess, skip), to_input(model, device)
+    images, prepare = EvalImages(sets, preprocesses, skip), [to_input(model, device) for model in models]
     if len(images) < world:
         raise Abort(f"{len(images)} images cannot be shared out to {world} processes")
     mine = torch.utils.data.Subset(images, range(rank, len(images), world))
     loader = torch.utils.data.DataLoader(mine, max(1, args.batch_size // world), num_workers=args.workers,
                                          pin_memory=device.type == "cuda")
-    parts = []
-    for x, readable in tqdm(loader, title, unit="batch", leave=False, disable=rank != 0):
-        with autocast(device, args.precision):
-            parts.append(encode_image(model, prepare(x)).to("cpu", dtype))
-        parts[-1][~readable] = math.nan
-    features = torch.cat(parts)
-    if world > 1:                                                    # pad the shorter shares, interleave, cut
-        full = torch.zeros(-(-len(images) // world), features.shape[1], dtype=dtype)
-        full[:len(features)] = features
-        shares = [torch.empty_like(full, device=device) for _ in range(world)]
-        dist.all_gather(shares, full.to(device))
-        features = torch.stack(shares, 1).flatten(0, 1)[:len(images)].cpu()
-    return list(features.split([len(s) for s in sets]))
+    parts = [[] for _ in models]
+    for crops, readable in tqdm(loader, title, unit="batch", leave=False, disable=rank != 0):
+        for model, to_float, x, part in zip(models, prepare, crops, parts):
+            with autocast(device, args.precision):
+                u = encode_image(model, to_float(x)).to("cpu", dtype)                              # (batch, d)
+            part.append(u.masked_fill(~readable[:, None], math.nan))
+    out = []
+    for features in map(torch.cat, parts):
+        if world > 1:                                                # pad the shorter shares, interleave, cut
+            full = torch.zeros(-(-len(images) // world), features.shape[1], dtype=dtype)
+            full[:len(features)] = features
+            shares = [torch.empty_like(full, device=device) for _ in range(world)]
+            dist.all_gather(shares, full.to(device))
+            features = torch.stack(shares, 1).flatten(0, 1)[:len(images)].cpu()
+        out.append(features.split([len(s) for s in sets]))
+    return out
 
 
 def scores(logits, labels):
@@ -731,31 +734,48 @@ def scores(logits, labels):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title="evaluating"):
-    """Scores on val and every shift: {"sets": {name: {...}}, "shift_mean": {"top1", "ece"}, "means": {...}}.
-
-    means: of the sets below each folder of a folder of image folders; in shift_mean such a folder counts once.
+    """Scores on val and every shift, as `summary` has them.
 
     head (K, d): the classifier of the training classes; None for the zero-shot head of the model's own text tower.
-    A set with classes that were not trained on has a zero-shot head of its own and stays out of the mean.
+    """
+    features, = image_features([model], [preprocess], [root.val, *root.shifts], args, device, title)
+    results = {}
+    for images, logits, labels, kind in set_logits(model, tokenizer, root, features, args, device, head):
+        results[images.name] = {"n": len(labels), "classes": len(images.classes), **scores(logits, labels), "skipped": 0,
+                                "head": kind}
+    return summary(results, root)
+
+
+@torch.no_grad()
+def set_logits(model, tokenizer, root, features, args, device, head=None):
+    """For every set: its Images, logits (n, K) times tau, labels (n,), and whose head they are of.
+
+    features: of every set, (n, d); rows of NaN (unreadable images) are left out. Kinds of head: "all" training classes,
+    a "subset" of them, or "zero-shot": its own, because a class was not trained on.
     """
     @functools.lru_cache(None)
     def zero_shot(names):
-        return class_head(text_embeddings(model, tokenizer, names, root.templates))
-    sets = [root.val, *root.shifts]
-    tau, results = model.logit_scale.exp().float().cpu(), {}
-    for images, u in zip(sets, image_features(model, sets, preprocess, args, device, title)):
         with autocast(device, args.precision):
-            if images.columns is None:
-                W, kind = zero_shot(tuple(images.classnames)), "zero-shot"
-            else:
-                W = zero_shot(tuple(root.classnames)) if head is None else head
-                kind = "all" if len(images.columns) == len(root.classes) else "subset"
-        logits = tau * u @ W.float().cpu().T                                                       # (n, K)
-        if images.columns is not None:                               # of several columns of a class the greatest counts
-            logits = torch.stack([logits[:, columns].amax(1) for columns in images.columns], 1)
-        results[images.name] = {"n": len(images), "classes": len(images.classes), **scores(logits, images.labels),
-                                "skipped": 0, "head": kind}
+            return class_head(text_embeddings(model, tokenizer, names, root.templates)).float().cpu()      # (K, d)
+    tau = model.logit_scale.exp().float().cpu()
+    for images, u in zip([root.val, *root.shifts], features):
+        readable = ~u[:, 0].isnan()
+        if not readable.any():
+            raise Abort(f"no image of {images.name} can be read", code=1)
+        u, labels = u[readable], torch.from_numpy(images.labels)[readable]
+        if images.columns is None:
+            yield images, tau * u @ zero_shot(tuple(images.classnames)).T, labels, "zero-shot"
+            continue
+        logits = tau * u @ (zero_shot(tuple(root.classnames)) if head is None else head.float().cpu()).T           # (n, K)
+        logits = torch.stack([logits[:, columns].amax(1) for columns in images.columns], 1)        # the greatest counts
+        yield images, logits, labels, "all" if logits.shape[1] == len(root.classes) else "subset"
 
+
+def summary(results, root):
+    """{"sets": results, "means": {folder: means of the sets below it}, "shift_mean": {"top1", "ece"}}.
+
+    A set with classes that were not trained on stays out of shift_mean; a folder of image folders counts once.
+    """
     def mean(names):
         return {k: sum(results[name][k] for name in names) / len(names) for k in ("top1", "ece")}
     folders, units = {}, {}                                          # {folder: its sets}, {what counts once: its sets}
