@@ -684,10 +684,10 @@ class EvalImages(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def image_features(models, preprocesses, sets, args, device, title="evaluating", skip=False, dtype=torch.float32):
-    """For every model, the features (n, d) of every set of Images, as `dtype` on the CPU, in file order; on all processes.
+    """For every model the features (n, d) of every set of Images, as `dtype` on the CPU, in file order.
 
     Each image is decoded once for all models. An unreadable one ends the program, or with `skip` has NaN for features.
-    Process r reads images r, r + world, ...: each image once, whatever the sizes.
+    Process r reads images r, r + world, ...: each image once, whatever the sizes; all processes get all features.
     """
     rank, world = rank_world()
     images, prepare = EvalImages(sets, preprocesses, skip), [to_input(model, device) for model in models]
@@ -715,7 +715,7 @@ def image_features(models, preprocesses, sets, args, device, title="evaluating",
 
 
 def scores(logits, labels):
-    """Whole-set scores of logits (n, K) and labels (n,): top1, ece, nll, brier as fractions and nats.
+    """Whole-set scores of logits (n, K) and labels (n,): top1, its standard error, ece, nll, brier; fractions and nats.
 
     ece has 15 bins over the whole set. ece_batch10 is what the released CaRot code reports and its tables probably
     show: 10 bins on batches of 512 in file order, averaged; biased upwards, here for comparison only.
@@ -728,8 +728,9 @@ def scores(logits, labels):
     batch = [ece(confidence[i:i + 512], correct[i:i + 512], 10) * len(correct[i:i + 512]) for i in cuts]
     p_label = log_p.gather(1, labels[:, None]).squeeze(1)                                          # (n,)
     brier = (log_p.exp().square().sum(1) - 2 * p_label.exp() + 1).mean()                           # sum_k (p_k - y_k)^2
-    return {"top1": float(correct.mean()), "ece": ece(confidence, correct), "ece_batch10": sum(batch) / len(labels),
-            "nll": float(-p_label.mean()), "brier": float(brier)}
+    top1 = float(correct.mean())
+    return {"top1": top1, "top1_se": math.sqrt(top1 * (1 - top1) / len(labels)), "ece": ece(confidence, correct),
+            "ece_batch10": sum(batch) / len(labels), "nll": float(-p_label.mean()), "brier": float(brier)}
 
 
 @torch.no_grad()
@@ -741,8 +742,8 @@ def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title=
     features, = image_features([model], [preprocess], [root.val, *root.shifts], args, device, title)
     results = {}
     for images, logits, labels, kind in set_logits(model, tokenizer, root, features, args, device, head):
-        results[images.name] = {"n": len(labels), "classes": len(images.classes), **scores(logits, labels), "skipped": 0,
-                                "head": kind}
+        results[images.name] = {"n": len(labels), "classes": len(images.classes), **scores(logits, labels),
+                                "skipped": 0, "head": kind}
     return summary(results, root)
 
 
@@ -766,8 +767,9 @@ def set_logits(model, tokenizer, root, features, args, device, head=None):
         if images.columns is None:
             yield images, tau * u @ zero_shot(tuple(images.classnames)).T, labels, "zero-shot"
             continue
-        logits = tau * u @ (zero_shot(tuple(root.classnames)) if head is None else head.float().cpu()).T           # (n, K)
-        logits = torch.stack([logits[:, columns].amax(1) for columns in images.columns], 1)        # the greatest counts
+        W = zero_shot(tuple(root.classnames)) if head is None else head.float().cpu()
+        logits = tau * u @ W.T                                                                     # (n, all K)
+        logits = torch.stack([logits[:, columns].amax(1) for columns in images.columns], 1)        # (n, K of the set)
         yield images, logits, labels, "all" if logits.shape[1] == len(root.classes) else "subset"
 
 
@@ -791,16 +793,17 @@ def summary(results, root):
 
 
 def table(columns):
-    """The results of several models on the same sets, {title: evaluate(...)}, as text: top-1 and ECE in percent."""
+    """The results of several models on the same sets, {title: summary(...)}, as text: top-1 and ECE in percent."""
     first = next(iter(columns.values()))
     wide = max(14, *(len(name) + 2 for name in first["sets"]), *(len(name) + 7 for name in first["means"]))
-    lines = [" " * (wide + 16) + "".join(
-        f"{title if len(title) < 20 else '...' + title[-16:]:>20}" for title in columns),
-             f"{'set':<{wide}}{'images':>8}{'classes':>8}" + f"{'top-1':>12}{'ECE':>8}" * len(columns)]
+    titles = [title if len(title) < 22 else "..." + title[-18:] for title in columns]
+    lines = [" " * (wide + 15) + "".join(f"{title:>22}" for title in titles),
+             f"{'set':<{wide}}{'images':>7}{'classes':>8}" + f"{'top-1':>8}{'± se':>6}{'ECE':>8}" * len(columns)]
 
     def row(name, n, classes, cells):
-        numbers = "".join(f"{100 * c['top1']:>12.2f}{100 * c['ece']:>8.2f}" for c in cells)
-        return f"{name:<{wide}}{n:>8}{classes:>8}{numbers}"
+        error = [f"±{100 * c['top1_se']:.1f}" if "top1_se" in c else "" for c in cells]
+        return f"{name:<{wide}}{n:>7}{classes:>8}" + "".join(
+            f"{100 * c['top1']:>8.2f}{e:>6}{100 * c['ece']:>8.2f}" for c, e in zip(cells, error))
     for own in (False, True):                                        # sets with classes not trained on come last
         for name, r in first["sets"].items():
             if (r["head"] == "zero-shot") == own:
@@ -810,7 +813,7 @@ def table(columns):
             if first["shift_mean"]:
                 lines.append(row("shift mean", "", "", [c["shift_mean"] for c in columns.values()]))
     if any(r["head"] == "zero-shot" for r in first["sets"].values()):
-        lines.append("* classes that were not trained on: zero-shot head from the model's text tower, not in the mean")
+        lines.append("* classes not trained on: scored by a zero-shot head of their own, not in the shift mean")
     return "\n".join(lines)
 
 

@@ -3,56 +3,153 @@
 
     python evaluate.py --data ROOT --model local-dir:out/calft/model
     python evaluate.py --data ROOT --model ViT-B-16-quickgelu out/calft out/carft local-dir:out/calft/teacher
+    python evaluate.py --data ROOT --model out/calft --wise 0 0.25 0.5 0.75 1      # WiSE-FT's curve
+    python evaluate.py --data ROOT --model out/calft --temperature fit --sigma-min --predictions out/predictions
 
 A model is the folder of a run, local-dir:PATH (what runs export), or an open_clip name with --pretrained. Each is
 scored as the training scripts score it: with the zero-shot head of its own text tower, or with the head that carft.py
-trained, where there is one for the classes of this ROOT.
+trained, where there is one for the classes of this ROOT. Each image is decoded once for all models.
 """
+import copy
 import json
 import os
+import re
 
+import numpy as np
 import safetensors
+import torch
 
 import common
+
+
+def fit_temperature(logits, labels):
+    """The T > 0 that minimises the NLL of logits / T (Guo et al., 2017), logits (n, K), labels (n,): float.
+
+    The NLL is convex in 1/T, so Newton's steps on its derivative, kept in [0.01, 100], find it.
+    """
+    z, y, b = logits.double(), labels[:, None], 1.0                  # b = 1/T
+    for _ in range(100):
+        p = (b * z).softmax(1)
+        mean = (p * z).sum(1, keepdim=True)
+        slope = (mean - z.gather(1, y)).mean()                       # d NLL / d b
+        curvature = (p * (z - mean) ** 2).sum(1).mean()              # d2 NLL / d b2
+        step = float(slope / curvature.clamp(min=1e-12))
+        b = min(max(b - step, b / 4, 0.01), 4 * b, 100.0)
+        if abs(step) < 1e-9 * b:
+            break
+    return 1 / b
+
+
+def sigma_min(features):
+    """Smallest singular value of the covariance (d, d) of features (n, d), each dimension standardised: float.
+
+    CaRot's theory (section 3) bounds error and calibration error under shift by its inverse.
+    """
+    x = features.double()
+    x = (x - x.mean(0)) / x.std(0)
+    return float(torch.linalg.svdvals(x.T @ x / (len(x) - 1))[-1])
+
+
+def load(name, args, root, device):
+    """[(title, model, preprocess, tokenizer, head or None)] of one --model: itself, or its interpolations by --wise."""
+    title, run = os.path.normpath(name.removeprefix("local-dir:")), None
+    if os.path.isdir(os.path.join(name, "model")):                   # the folder of a run
+        name = "local-dir:" + os.path.join(name, "model")
+    folder = os.path.dirname(os.path.normpath(name.removeprefix("local-dir:")))
+    if name.startswith("local-dir:") and os.path.isfile(os.path.join(folder, "args.json")):
+        run = common.read_json(os.path.join(folder, "args.json"))
+        other = [k for k in ("seed", "val_frac", "train") if run[k] != getattr(args, k)]
+        if root.held_out and other and os.path.realpath(run["data"]) == os.path.realpath(args.data):
+            raise common.Abort(f"{title} was trained with another val held out; give " + " ".join(
+                f"--{k.replace('_', '-')} {' '.join(run[k]) if k == 'train' else run[k]}" for k in other))
+    model, _, preprocess, tokenizer = common.load_model(name, args.pretrained, device)
+    head, trained = None, os.path.join(folder, "head.safetensors")
+    if os.path.basename(os.path.normpath(name)) == "model" and os.path.isfile(trained):
+        with safetensors.safe_open(trained, "pt") as f:
+            if json.loads(f.metadata()["classes"]) == root.classes:
+                head = f.get_tensor("W_cls")                         # (K, d)
+            else:
+                print(f"{trained} was trained on other classes: zero-shot head")
+    if not args.wise:
+        return [(title, model, preprocess, tokenizer, head)]
+
+    # WiSE-FT (Wortsman et al., 2022): theta = (1 - alpha) theta_zero_shot + alpha theta_fine_tuned
+    if run is None:
+        raise common.Abort(f"--wise needs to know what {title} was tuned from: name a run's folder, with its args.json")
+    base, *_ = common.load_model(run["model"], run["pretrained"], device)
+    if head is not None:
+        E = common.text_embeddings(base, tokenizer, root.classnames, root.templates)               # (K, M, d)
+        zero_shot_head = common.class_head(E).float().cpu()
+    out, tuned = [], model.state_dict()
+    for alpha in args.wise:
+        mixed = copy.deepcopy(base)
+        mixed.load_state_dict({k: v.lerp(tuned[k], alpha) if v.is_floating_point() else v
+                               for k, v in base.state_dict().items()})
+        W = None if head is None else zero_shot_head.lerp(head, alpha)
+        out.append((f"{title} {alpha:g}", mixed, preprocess, tokenizer, W))
+    return out
 
 
 @common.cli
 def main(argv=None):
     parser = common.flags(__doc__, out="out/evaluate")
     parser.set_defaults(batch_size=256)
-    parser.add_argument("--model", nargs="+", default=["ViT-B-16-quickgelu"],
-                        help="folders of runs, open_clip names, local-dir:PATH")
+    add = parser.add_argument
+    add("--model", nargs="+", default=["ViT-B-16-quickgelu"], help="folders of runs, open_clip names, local-dir:PATH")
+    add("--wise", nargs="+", type=float, metavar="ALPHA", help="interpolate weights with the model that a run was "
+        "tuned from: 0 is that model, 1 the tuned one")
+    add("--temperature", choices=["fit"], help="fit one temperature on val, and show each model with it too")
+    add("--sigma-min", action="store_true", help="smallest singular value of val's standardised feature covariance")
+    add("--predictions", metavar="DIR", help="store path, label, prediction and confidence of every image, .npz")
+    add("--skip-corrupt", action="store_true", help="count and list images that cannot be read instead of stopping")
     device = common.setup()
     args = common.parse(parser, device, argv)
-
     if os.path.isfile(os.path.join(args.out, "args.json")):
         raise common.Abort(f"--out {args.out} holds a run, which results.json belongs to; give another --out")
+
     root = common.read_root(args, need_train=False)
-    columns = {}
-    for name in [args.model] if isinstance(args.model, str) else args.model:
-        column = os.path.normpath(name.removeprefix("local-dir:"))
-        if os.path.isdir(os.path.join(name, "model")):               # the folder of a run
-            name = "local-dir:" + os.path.join(name, "model")
-        model, _, preprocess, tokenizer = common.load_model(name, args.pretrained, device)
-        path, head = os.path.normpath(name.removeprefix("local-dir:")), None
-        if root.held_out and os.path.isfile(os.path.join(path, os.pardir, "args.json")):
-            run = common.read_json(os.path.join(path, os.pardir, "args.json"))
-            other = [k for k in ("seed", "val_frac", "train") if run[k] != getattr(args, k)]
-            if other and os.path.realpath(run["data"]) == os.path.realpath(args.data):
-                raise common.Abort(f"{path} was trained with another val held out; give " + " ".join(
-                    f"--{k.replace('_', '-')} {' '.join(run[k]) if k == 'train' else run[k]}" for k in other))
-        trained = os.path.join(os.path.dirname(path), "head.safetensors")
-        if os.path.basename(path) == "model" and os.path.isfile(trained):
-            with safetensors.safe_open(trained, "pt") as f:
-                if json.loads(f.metadata()["classes"]) == root.classes:
-                    head = f.get_tensor("W_cls")
-                else:
-                    print(f"{trained} was trained on other classes: zero-shot head")
-        columns[column] = common.evaluate(model, tokenizer, preprocess, root, args, device, head, column)
+    names = [args.model] if isinstance(args.model, str) else args.model
+    loaded = [entry for name in names for entry in load(name, args, root, device)]
+    sets = [root.val, *root.shifts]
+    everything = common.image_features([m for _, m, *_ in loaded], [p for _, _, p, *_ in loaded], sets, args, device,
+                                       skip=args.skip_corrupt)
+    columns, notes, main_process = {}, [], common.rank_world()[0] == 0
+    for (title, model, _, tokenizer, head), features in zip(loaded, everything):
+        results, scaled, T = {}, {}, None
+        for images, logits, labels, kind in common.set_logits(model, tokenizer, root, features, args, device, head):
+            u = features[sets.index(images)]
+            corrupt = u[:, 0].isnan().nonzero().squeeze(1).tolist()
+            about = {"n": len(labels), "classes": len(images.classes), "skipped": len(corrupt), "head": kind,
+                     **({"skipped_files": [images.path(i) for i in corrupt]} if corrupt else {})}
+            results[images.name] = {**about, **common.scores(logits, labels)}
+            if args.temperature:
+                T = fit_temperature(logits, labels) if T is None else T                            # val comes first
+                scaled[images.name] = {**about, **common.scores(logits / T, labels)}
+            if args.predictions and main_process:
+                folder = os.path.join(args.predictions, re.sub("[/ ]", "_", title.strip("/")))
+                confidence, prediction = logits.softmax(1).max(1)
+                paths = [images.path(i) for i in (~u[:, 0].isnan()).nonzero().squeeze(1).tolist()]
+                os.makedirs(folder, exist_ok=True)
+                with common.replacing(os.path.join(folder, images.name.strip("/").replace("/", "_") + ".npz")) as f:
+                    np.savez(f, path=np.array(paths), label=labels.numpy(), prediction=prediction.numpy(),
+                             confidence=confidence.numpy(), classes=np.array(images.classes))
+        columns[title] = common.summary(results, root)
+        if args.temperature:
+            columns[f"{title} T={T:.3f}"] = {**common.summary(scaled, root), "temperature": T}
+        if args.sigma_min:
+            value = sigma_min(features[0][~features[0][:, 0].isnan()])
+            columns[title]["sigma_min"] = value
+            notes.append(f"sigma_min {value:.3g}   {title}")
+    skipped = {f: None for s in next(iter(columns.values()))["sets"].values() for f in s.get("skipped_files", [])}
+    notes += [f"skipped, not readable: {f}" for f in skipped]
+
     os.makedirs(args.out, exist_ok=True)
     common.write_json(os.path.join(args.out, "results.json"), columns)
-    if common.rank_world()[0] == 0:
-        print(common.table(columns))
+    if main_process:
+        titles = list(columns)
+        for i in range(0, len(titles), 3):                           # three models fit on 100 columns
+            print(common.table({t: columns[t] for t in titles[i:i + 3]}))
+        print("\n".join(notes), end="\n" * bool(notes))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_end_to_end(tiny_root, clip, tmp_path, capsys):
         assert [s["head"] for s in scores["sets"].values()] == ["all", "subset", "zero-shot", "all"]
         assert [s["n"] for s in scores["sets"].values()] == [15, 9, 9, 15]
         for s in scores["sets"].values():
-            assert set(s) == {"n", "classes", "top1", "ece", "ece_batch10", "nll", "brier", "skipped", "head"}
+            assert set(s) == {"n", "classes", "top1", "top1_se", "ece", "ece_batch10", "nll", "brier", "skipped", "head"}
             assert 0 <= s["top1"] <= 1 and 0 <= s["ece"] <= 1
         mean = np.mean([scores["sets"][name]["top1"] for name in ("few", "sketch")])
         assert scores["shift_mean"]["top1"] == pytest.approx(mean)

@@ -78,6 +78,7 @@ def test_scores_are_torchmetrics(predictions):
     got = common.scores(logits, labels)
     p = logits.softmax(1)
     assert got["top1"] == pytest.approx(float(multiclass_accuracy(p, labels, 10, average="micro")), abs=1e-6)
+    assert got["top1_se"] == pytest.approx(math.sqrt(got["top1"] * (1 - got["top1"]) / 1700))
     assert got["ece"] == pytest.approx(float(multiclass_calibration_error(p, labels, 10, n_bins=15)), abs=1e-6)
     assert got["nll"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
     one_hot = torch.nn.functional.one_hot(labels, 10)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: MIT
+"""evaluate.py's measures against plain ways, its models against weights mixed by hand, its sets counted exactly once."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+import calft
+import carft
+import common
+import evaluate
+from conftest import REPO, environment, run
+
+
+def results(out):
+    return json.load(open(f"{out}/results.json"))
+
+
+def call(root, out, *flags):
+    evaluate.main(["--data", str(root), "--out", str(out), "--workers", "0", *flags])
+    return results(out)
+
+
+# ---- measures
+
+@pytest.mark.parametrize("scale, expected", [(1.0, 1.0), (4.0, 4.0), (0.2, 0.2)])
+def test_fit_temperature_recovers_the_true_one(scale, expected):
+    """Labels drawn from the softmax of z; the logits are scale * z."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(40000, 5, generator=g) * 2
+    labels = torch.multinomial(z.softmax(1), 1, generator=g).squeeze(1)
+    assert evaluate.fit_temperature(scale * z, labels) == pytest.approx(expected, rel=0.03)
+
+
+def test_fit_temperature_is_the_best_of_a_fine_grid():
+    g = torch.Generator().manual_seed(1)
+    logits = torch.randn(300, 7, generator=g) * 9
+    labels = torch.where(torch.rand(300, generator=g) < 0.7, logits.argmax(1), torch.randint(7, (300,), generator=g))
+    T = evaluate.fit_temperature(logits, labels)
+    nll = {t: float(torch.nn.functional.cross_entropy(logits.double() / t, labels)) for t in np.geomspace(0.01, 100, 2001)}
+    best = min(nll, key=nll.get)
+    assert T == pytest.approx(best, rel=0.01) and 1 < T < 50
+    perfect = torch.nn.functional.one_hot(labels, 7).float()
+    assert evaluate.fit_temperature(perfect, labels) < 0.05                                 # the sharper the better
+    assert evaluate.fit_temperature(torch.zeros(300, 7), labels) > 0                        # nothing to fit: no harm
+
+
+def test_sigma_min_by_numpy():
+    x = np.random.default_rng(0).normal(size=(200, 6)) @ np.random.default_rng(1).normal(size=(6, 6)) + 5
+    expected = np.linalg.svd(np.corrcoef(x.T), compute_uv=False)[-1]
+    assert evaluate.sigma_min(torch.from_numpy(x)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_temperature_is_fitted_on_val_and_shown_beside(tiny_root, clip, tmp_path):
+    got = call(tiny_root, tmp_path, "--model", clip(), "--temperature", "fit", "--sigma-min")
+    (plain, scaled), T = got.values(), list(got.values())[1]["temperature"]
+    assert T != 1 and plain["sigma_min"] >= 0
+    for name, s in plain["sets"].items():
+        assert s["top1"] == scaled["sets"][name]["top1"]                # it moves no prediction
+    assert scaled["sets"]["val"]["nll"] <= plain["sets"]["val"]["nll"]
+
+
+def test_predictions_hold_what_the_table_counts(tiny_root, clip, tmp_path):
+    got = call(tiny_root, tmp_path / "out", "--model", clip(), "--predictions", str(tmp_path / "p"))
+    folder, = (tmp_path / "p").iterdir()
+    for name, s in next(iter(got.values()))["sets"].items():
+        stored = np.load(folder / f"{name}.npz")                        # no pickle in it
+        assert len(stored["path"]) == s["n"] and all(map(os.path.isfile, stored["path"]))
+        correct = stored["prediction"] == stored["label"]
+        assert correct.mean() == pytest.approx(s["top1"])
+        assert common.ece(stored["confidence"], correct) == pytest.approx(s["ece"], abs=1e-6)
+        for path, label in zip(stored["path"], stored["label"]):
+            assert stored["classes"][label] == path.split("/")[-2]
+
+
+# ---- models
+
+@pytest.mark.parametrize("script", [calft, carft])
+def test_wise_interpolates_weights_and_head(tiny_root, clip, tmp_path, script):
+    """0 is the zero-shot model, 1 the tuned one, 0.5 the weights mixed by hand."""
+    tuned = run(script, tiny_root, clip(), tmp_path / "run", steps=4)
+    got = list(call(tiny_root, tmp_path / "wise", "--model", str(tmp_path / "run"), "--wise", "0", "0.5", "1").values())
+    for name in ("val", "few", "other"):
+        assert got[0]["sets"][name]["nll"] == pytest.approx(tuned["zero_shot"]["sets"][name]["nll"], rel=1e-4)
+        assert got[2]["sets"][name]["nll"] == pytest.approx(tuned["sets"][name]["nll"], rel=1e-4)
+    a, b = open_clip.create_model(clip()), open_clip.create_model(f"local-dir:{tmp_path}/run/model")
+    with torch.no_grad():
+        for p, q in zip(a.parameters(), b.parameters()):
+            p.copy_((p + q) / 2)
+    common.export(a, clip(), str(tmp_path / "mixed" / "model"))
+    if script is carft:
+        import safetensors
+        with safetensors.safe_open(tmp_path / "run" / "head.safetensors", "pt") as f:
+            tokenizer, base = open_clip.get_tokenizer(clip()), open_clip.create_model(clip())
+            templates = ["a photo of a {}.", "a sketch of the {}.", "art of a {}."]
+            zero_shot = open_clip.build_zero_shot_classifier(base, tokenizer, ["ant", "bee", "cat", "dog", "sea eel"], templates)
+            common.write_tensors(str(tmp_path / "mixed" / "head.safetensors"), {"W_cls": (zero_shot.T + f.get_tensor("W_cls")) / 2},
+                                 **f.metadata())
+    by_hand, = call(tiny_root, tmp_path / "hand", "--model", str(tmp_path / "mixed")).values()
+    for name in ("val", "few", "other"):
+        assert got[1]["sets"][name]["nll"] == pytest.approx(by_hand["sets"][name]["nll"], rel=1e-4)
+
+
+def test_wise_without_a_run_says_so(tiny_root, clip, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        call(tiny_root, tmp_path, "--model", clip(), "--wise", "0", "1")
+    assert e.value.code == 2 and "--wise" in capsys.readouterr().err
+
+
+def test_each_image_is_decoded_once_for_all_models(tiny_root, clip, tmp_path, monkeypatch):
+    """... and models of different kinds and sizes stand side by side."""
+    read, seen = common.read_image, []
+    monkeypatch.setattr(common, "read_image", lambda path: seen.append(path) or read(path))
+    got = call(tiny_root, tmp_path, "--model", clip(), clip("resnet"), clip("attention-pool"))
+    assert len(got) == 3 and len(seen) == len(set(seen)) == 15 + 9 + 9 + 15
+
+
+# ---- images counted
+
+def test_skip_corrupt_counts_and_lists(tiny_root, clip, tmp_path, capsys):
+    shutil.copytree(tiny_root, tmp_path / "root")
+    bad = tmp_path / "root" / "sketch" / "bee" / "1.png"
+    bad.write_bytes(b"broken")
+    got, = call(tmp_path / "root", tmp_path / "skip", "--model", clip(), "--skip-corrupt").values()
+    sketch = got["sets"]["sketch"]
+    assert (sketch["n"], sketch["skipped"], sketch["skipped_files"]) == (14, 1, [str(bad)])
+    assert got["sets"]["val"]["skipped"] == 0 and str(bad) in capsys.readouterr().out
+    bad.unlink()                                                        # the same scores as without the file
+    without, = call(tmp_path / "root", tmp_path / "without", "--model", clip()).values()
+    assert without["sets"]["sketch"]["nll"] == pytest.approx(sketch["nll"], rel=1e-5)
+
+
+def test_a_corrupt_image_in_a_worker_is_one_line(tiny_root, clip, tmp_path, capsys):
+    shutil.copytree(tiny_root, tmp_path / "root")
+    (tmp_path / "root" / "sketch" / "bee" / "1.png").write_bytes(b"broken")
+    with pytest.raises(SystemExit) as e:
+        evaluate.main(["--data", str(tmp_path / "root"), "--out", str(tmp_path / "o"), "--model", clip(), "--workers", "1"])
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == 1 and "error: " in err and "sketch/bee/1.png: not readable" in err
+
+
+def test_two_processes_count_every_image_once(tiny_root, clip, tmp_path):
+    """15, 9, 9 and 15 images over two processes and batches of 4: the numbers of one process."""
+    one, = call(tiny_root, tmp_path / "one", "--model", clip(), "--batch-size", "4").values()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                           str(20000 + os.getpid() % 20000), "evaluate.py", "--data", tiny_root, "--model", clip(),
+                           "--batch-size", "4", "--out", str(tmp_path / "two")], cwd=REPO, env=environment(),
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two, = results(tmp_path / "two").values()
+    for name, s in one["sets"].items():
+        for key, value in s.items():
+            assert two["sets"][name][key] == (value if key == "head" else pytest.approx(value, rel=1e-4, abs=1e-6))
