@@ -4,13 +4,14 @@
     python evaluate.py --data ROOT --model local-dir:out/calft/model
     python evaluate.py --data ROOT --model ViT-B-16-quickgelu out/calft out/carft local-dir:out/calft/teacher
     python evaluate.py --data ROOT --model out/calft --wise 0 0.25 0.5 0.75 1      # WiSE-FT's curve
-    python evaluate.py --data ROOT --model out/calft --temperature fit --sigma-min --predictions out/predictions
+    python evaluate.py --data ROOT --model out/calft --temperature fit --sigma-min --predictions DIR --plot DIR
 
 A model is the folder of a run, local-dir:PATH (what runs export), or an open_clip name with --pretrained. Each is
 scored as the training scripts score it: with the zero-shot head of its own text tower, or with the head that carft.py
 trained, where there is one for the classes of this ROOT. Each image is decoded once for all models.
 """
 import copy
+import importlib.util
 import json
 import os
 import re
@@ -90,6 +91,63 @@ def load(name, args, root, device):
     return out
 
 
+def plot(folder, columns, outcomes):
+    """PNGs by matplotlib: a reliability diagram with bin counts for each model and set, and val against shifts.
+
+    outcomes: {title: {set: (confidence (n,), correct (n,))}}.
+    """
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    os.makedirs(folder, exist_ok=True)
+    centres, bins = (np.arange(15) + 0.5) / 15, np.linspace(0, 1, 16)
+    for title, sets in outcomes.items():
+        wide = min(4, len(sets))
+        tall = -(-len(sets) // wide)
+        figure, axes = plt.subplots(2 * tall, wide, figsize=(2.6 * wide, 3.4 * tall), squeeze=False, sharex=True,
+                                    gridspec_kw={"height_ratios": [3, 1] * tall}, layout="constrained")
+        for axis in axes.flat[:]:
+            axis.set_visible(False)
+        for i, (name, (confidence, correct)) in enumerate(sets.items()):
+            top, below = axes[2 * (i // wide)][i % wide], axes[2 * (i // wide) + 1][i % wide]
+            count, _ = np.histogram(confidence, bins)
+            right, _ = np.histogram(confidence, bins, weights=correct.astype(float))
+            some = count > 0
+            top.bar(centres[some], (right / np.maximum(count, 1))[some], 1 / 15, color="tab:blue", edgecolor="white")
+            top.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--")
+            top.set(title=f"{name}: ECE {100 * common.ece(confidence, correct):.1f}", ylim=(0, 1), visible=True)
+            below.bar(centres, count, 1 / 15, color="tab:gray", edgecolor="white")
+            below.set(xlim=(0, 1), xlabel="confidence", visible=True)
+            below.tick_params(labelbottom=True)
+            if i % wide == 0:
+                top.set_ylabel("accuracy")
+                below.set_ylabel("images")
+        figure.savefig(os.path.join(folder, f"reliability_{filename(title)}.png"), dpi=120)
+        plt.close(figure)
+
+    curves = {}                                                      # WiSE-FT's points of one run make a curve
+    for title, c in columns.items():
+        if c["shift_mean"] and "temperature" not in c:
+            point = c["sets"]["val"]["top1"], c["shift_mean"]["top1"], c.get("alpha")
+            curves.setdefault(c.get("run", title), []).append(point)
+    figure, axis = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
+    for run, points in curves.items():
+        points = sorted(points, key=lambda p: p[2] or 0)
+        axis.plot([100 * p[0] for p in points], [100 * p[1] for p in points], marker="o", label=run)
+        for x, y, alpha in points:
+            if alpha is not None:
+                axis.annotate(f"{alpha:g}", (100 * x, 100 * y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    axis.set(xlabel="val top-1 (%)", ylabel="mean top-1 over shifts (%)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(os.path.join(folder, "val_against_shifts.png"), dpi=120)
+    plt.close(figure)
+
+
+def filename(title):
+    return re.sub("[/ ]", "_", title.strip("/"))
+
+
 @common.cli
 def main(argv=None):
     parser = common.flags(__doc__, out="out/evaluate")
@@ -101,19 +159,22 @@ def main(argv=None):
     add("--temperature", choices=["fit"], help="fit one temperature on val, and show each model with it too")
     add("--sigma-min", action="store_true", help="smallest singular value of val's standardised feature covariance")
     add("--predictions", metavar="DIR", help="store path, label, prediction and confidence of every image, .npz")
+    add("--plot", metavar="DIR", help="reliability diagrams, and val against shifts with WiSE-FT's curve; PNG")
     add("--skip-corrupt", action="store_true", help="count and list images that cannot be read instead of stopping")
     device = common.setup()
     args = common.parse(parser, device, argv)
     if os.path.isfile(os.path.join(args.out, "args.json")):
         raise common.Abort(f"--out {args.out} holds a run, which results.json belongs to; give another --out")
 
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise common.Abort("--plot needs matplotlib: pip install matplotlib")
     root = common.read_root(args, need_train=False)
     names = [args.model] if isinstance(args.model, str) else args.model
     loaded = [entry for name in names for entry in load(name, args, root, device)]
     sets = [root.val, *root.shifts]
     everything = common.image_features([m for _, m, *_ in loaded], [p for _, _, p, *_ in loaded], sets, args, device,
                                        skip=args.skip_corrupt)
-    columns, notes, main_process = {}, [], common.rank_world()[0] == 0
+    columns, outcomes, notes, main_process = {}, {}, [], common.rank_world()[0] == 0
     for (title, model, _, tokenizer, head), features in zip(loaded, everything):
         results, scaled, T = {}, {}, None
         for images, logits, labels, kind in common.set_logits(model, tokenizer, root, features, args, device, head):
@@ -125,15 +186,21 @@ def main(argv=None):
             if args.temperature:
                 T = fit_temperature(logits, labels) if T is None else T                            # val comes first
                 scaled[images.name] = {**about, **common.scores(logits / T, labels)}
+            if args.plot:
+                confidence, prediction = logits.softmax(1).max(1)
+                outcomes.setdefault(title, {})[images.name] = confidence.numpy(), (prediction == labels).numpy()
             if args.predictions and main_process:
-                folder = os.path.join(args.predictions, re.sub("[/ ]", "_", title.strip("/")))
+                folder = os.path.join(args.predictions, filename(title))
                 confidence, prediction = logits.softmax(1).max(1)
                 paths = [images.path(i) for i in (~u[:, 0].isnan()).nonzero().squeeze(1).tolist()]
                 os.makedirs(folder, exist_ok=True)
-                with common.replacing(os.path.join(folder, images.name.strip("/").replace("/", "_") + ".npz")) as f:
+                with common.replacing(os.path.join(folder, filename(images.name) + ".npz")) as f:
                     np.savez(f, path=np.array(paths), label=labels.numpy(), prediction=prediction.numpy(),
                              confidence=confidence.numpy(), classes=np.array(images.classes))
         columns[title] = common.summary(results, root)
+        if args.wise:
+            run, alpha = title.rsplit(" ", 1)
+            columns[title].update(run=run, alpha=float(alpha))
         if args.temperature:
             columns[f"{title} T={T:.3f}"] = {**common.summary(scaled, root), "temperature": T}
         if args.sigma_min:
@@ -150,6 +217,8 @@ def main(argv=None):
         for i in range(0, len(titles), 3):                           # three models fit on 100 columns
             print(common.table({t: columns[t] for t in titles[i:i + 3]}))
         print("\n".join(notes), end="\n" * bool(notes))
+        if args.plot:
+            plot(args.plot, columns, outcomes)
 
 
 if __name__ == "__main__":

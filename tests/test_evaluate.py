@@ -79,6 +79,20 @@ def test_predictions_hold_what_the_table_counts(tiny_root, clip, tmp_path):
             assert stored["classes"][label] == path.split("/")[-2]
 
 
+def test_plots_are_written_and_matplotlib_is_asked_for(tiny_root, clip, tmp_path, monkeypatch, capsys):
+    run(calft, tiny_root, clip(), tmp_path / "run", steps=1)
+    call(tiny_root, tmp_path / "out", "--model", str(tmp_path / "run"), "--wise", "0", "1", "--plot", str(tmp_path / "plots"))
+    from PIL import Image
+    assert len(os.listdir(tmp_path / "plots")) == 3             # a reliability diagram for each alpha, and the curve
+    for file in (tmp_path / "plots").iterdir():
+        image = np.asarray(Image.open(file).convert("L"))
+        assert min(image.shape) > 300 and image.std() > 10      # not an empty page
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as e:
+        call(tiny_root, tmp_path / "none", "--model", clip(), "--plot", str(tmp_path / "none"))
+    assert e.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
+
+
 # ---- models
 
 @pytest.mark.parametrize("script", [calft, carft])
