@@ -322,7 +322,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     # a new run, or the one that --out holds
-    state, results = common.begin(args)
+    state, results = common.begin(args, root)
     if "sets" in results:
         return common.report(results)
     if "zero_shot" not in results:                                   # before any training, so a broken set shows now

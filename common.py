@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -50,11 +51,14 @@ def cli(main):
         try:
             return main(argv)
         except Abort as abort:
-            print(f"error: {abort}", file=sys.stderr)
+            tqdm.write(f"error: {abort}", file=sys.stderr)           # on a line of its own, below any bar
             sys.exit(abort.code)
         except OSError as e:                                         # no space, no permission: the system's words
-            print(f"error: {e}", file=sys.stderr)
+            tqdm.write(f"error: {e}", file=sys.stderr)
             sys.exit(1)
+        except KeyboardInterrupt:
+            tqdm.write("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+            sys.exit(130)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -89,8 +93,11 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """Shows the docstring as it is, and the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        silent = action.default in (None, "", []) or action.default is False
-        return action.help if silent else super()._get_help_string(action)
+        if action.default in (None, "", []) or action.default is False:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(action.default)})"
+        return super()._get_help_string(action)
 
 
 def parse(parser, device, argv=None):
@@ -114,6 +121,11 @@ def parse(parser, device, argv=None):
         value, least = getattr(args, name, None), 0 if name in ("workers", "seed") else 1
         if value is not None and value < least:
             raise Abort(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    for name in ("lr", "warmup", "wd"):
+        value = getattr(args, name, 0)
+        if not 0 <= value < math.inf:
+            raise Abort(f"--{name} must be a finite number and at least 0, not {value}")
+    args.data = os.path.abspath(args.data)
     if not 0 < args.val_frac < 1:
         raise Abort(f"--val-frac must lie between 0 and 1, not {args.val_frac}")
     if args.batch_size % rank_world()[1]:
@@ -226,6 +238,8 @@ def load_model(name, pretrained, device):
 def _check_name(name, pretrained):
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name.replace("/", "-"), open_clip.list_models(), 3)
+        if os.path.isdir(name):
+            raise Abort(f"--model {name} is a folder; write local-dir:{name}")
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise Abort(f"--model {name} is not a model of open_clip{hint}")
     if not pretrained or os.path.isfile(pretrained):
@@ -402,11 +416,19 @@ def _scan(path, base, name=None):
     return Images(name or os.path.basename(os.path.normpath(path)), base, files, labels, classes)
 
 
+def _lines(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return f.read().splitlines()
+    except UnicodeDecodeError as e:
+        raise Abort(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})")
+
+
 def _classnames(classes, root):
     """Names of class folders: root/classnames.txt > ImageNet's wnids (OpenAI's names) > the folder, _ as space."""
     path, names = os.path.join(root, "classnames.txt"), {}
     if os.path.isfile(path):
-        for i, line in enumerate(open(path, encoding="utf-8"), 1):
+        for i, line in enumerate(_lines(path), 1):
             if line.strip():
                 if line.count("\t") != 1 or not all(part.strip() for part in line.split("\t")):
                     raise Abort(f"{path} line {i}: expected folder<TAB>name, found {line.strip()!r}")
@@ -421,7 +443,7 @@ def _templates(root):
     path = os.path.join(root, "templates.txt")
     if not os.path.isfile(path):
         return list(open_clip.OPENAI_IMAGENET_TEMPLATES)
-    lines = [line.strip() for line in open(path, encoding="utf-8") if line.strip()]
+    lines = [line.strip() for line in _lines(path) if line.strip()]
     if not lines or not all("{}" in line for line in lines):
         raise Abort(f"{path}: expected one template a line, each with {{}} where the class name goes")
     return lines
@@ -438,6 +460,10 @@ def _match(images, root, classnames_root):
         images.classnames = [root.classnames[k] for k, in columns]
     else:
         columns, images.classnames = None, _classnames(images.classes, classnames_root)
+        new = [c for c in images.classes if c not in index]
+        if rank_world()[0] == 0:
+            print(f"{images.name}: {len(new)} of its {len(images.classes)} classes were not trained on "
+                  f"({', '.join(new[:3])}{', ...' * (len(new) > 3)}): zero-shot head, not in the shift mean")
     images.columns = columns
     return images
 
@@ -530,13 +556,14 @@ def read_root(args, need_train=True):
             raise Abort(f"{where(val)} has classes that training lacks: {', '.join(lacking[:5])}"
                         + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""))
         root.val.labels = np.take([root.classes.index(c) for c in root.val.classes], root.val.labels)
-    else:                                                            # hold some of every class of every folder out
-        rng, held = np.random.default_rng(args.seed), np.zeros(len(train), bool)
+    else:                                                            # hold some of every class of every folder out:
+        held = np.zeros(len(train), bool)                            # by a hash, so that a lost image moves no other
+        rank = np.array([hashlib.sha256(b"%d " % args.seed + bytes(f)).digest()[:8] for f in train.files])
         groups = np.concatenate(groups)
         for group in np.unique(groups):
             members = np.flatnonzero(groups == group)
             count = min(max(round(args.val_frac * len(members)), 1), len(members) - 1)
-            held[rng.permutation(members)[:count]] = True
+            held[members[np.argsort(rank[members])[:count]]] = True
         if not held.any():
             raise Abort(f"{base} has no val/ and too few images a class to hold some out; name a folder with --val")
         root.val, train = train.take(held, "val"), train.take(~held, "train")
@@ -645,7 +672,12 @@ def total_steps(args, n):
     """Optimiser steps of a run over n images: epochs in whole batches, at most --max-steps. Raises Abort."""
     if args.batch_size > n:
         raise Abort(f"--batch-size {args.batch_size} is more than the {n} training images; give a smaller one")
-    return min(args.epochs * n // args.batch_size, args.max_steps or math.inf)
+    steps = min(args.epochs * n // args.batch_size, args.max_steps or math.inf)
+    if rank_world()[0] == 0:
+        for name, what in (("warmup", "--lr is never reached"), ("ema_every", "the teacher stands still")):
+            if getattr(args, name, 0) >= steps:
+                print(f"warning: --{name.replace('_', '-')} {getattr(args, name)} in a run of {steps} steps: {what}")
+    return steps
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
@@ -850,8 +882,11 @@ def write_json(path, data):
 
 
 def read_json(path):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except ValueError as e:
+        raise Abort(f"{path} is not JSON ({e}); remove it to begin anew")
 
 
 def save(path, **state):
@@ -892,33 +927,50 @@ class Log:
                 f.write(json.dumps(line) + "\n")
 
 
-def begin(args):
+def begin(args, root):
     """Open --out: the state (last.pt, or None) and the results of the run of the same flags that it holds, if any.
 
-    Flags that do not change a run may differ; any other difference is refused by name, unless --overwrite.
+    Flags that do not change a run may differ; any other difference, and other images, are refused unless --overwrite.
     """
+    images = hashlib.sha256()                                        # names, not pixels
+    for s in (root.train, root.val, *root.shifts):
+        images.update(f"{s.name} {len(s)} ".encode("utf-8", "surrogateescape") + s.files.tobytes())
+    flags = {**json.loads(json.dumps(vars(args))), "images": images.hexdigest()[:16]}
     free = {"out", "workers", "log_every", "save_every", "overwrite"}
     path, last, log, done = [os.path.join(args.out, f) for f in ("args.json", "last.pt", "log.jsonl", "results.json")]
     main_process, state, results = rank_world()[0] == 0, None, {}
-    if os.path.isfile(path) and not args.overwrite:
-        old, new = read_json(path), json.loads(json.dumps(vars(args)))
-        changed = [k for k in new if k not in free and new[k] != old.get(k)]
+    began = os.path.isfile(last) or os.path.isfile(log)              # a run that failed before its first step did not
+    if os.path.isfile(path) and began and not args.overwrite:
+        old = read_json(path)
+        if set(old) != set(flags):
+            raise Abort(f"--out {args.out} holds a run of another script; give another --out, or --overwrite")
+        changed = [k for k in flags if k not in free and flags[k] != old[k]]
+        if changed == ["images"]:
+            raise Abort(f"--out {args.out} holds a run on other images: files in {args.data} or --eval came or went; "
+                        "give another --out, or --overwrite")
         if changed:
             raise Abort(f"--out {args.out} holds a run with other flags ("
-                        + ", ".join(f"--{k.replace('_', '-')} {old.get(k)}" for k in changed)
+                        + ", ".join(f"--{k.replace('_', '-')} {old[k]}" for k in changed if k != "images")
                         + "); give another --out, or --overwrite")
         if os.path.isfile(done):
             results = read_json(done)
         if os.path.isfile(last):
-            state = torch.load(last, map_location="cpu", weights_only=True)
-    elif not args.overwrite and any(map(os.path.isfile, (last, log, done))):
+            try:
+                state = torch.load(last, map_location="cpu", weights_only=True)
+            except Exception as e:                                   # torch raises half a dozen kinds
+                raise Abort(f"{last} cannot be read as a checkpoint ({type(e).__name__}); remove it to begin anew")
+        if main_process:
+            print(f"{args.out} holds this run: " + ("finished" if "sets" in results else
+                                                    f"continuing at step {state['step'] if state else 0}"))
+    elif not args.overwrite and not os.path.isfile(path) and any(
+            os.path.exists(f) for f in (last, log, done, os.path.join(args.out, "model"))):
         raise Abort(f"--out {args.out} holds files that are not this script's; give another --out, or --overwrite")
     elif main_process:
         os.makedirs(args.out, exist_ok=True)
         for f in (last, log, done):
             if os.path.isfile(f):
                 os.remove(f)
-        write_json(path, vars(args))
+        write_json(path, flags)
     if dist.is_initialized():
         dist.barrier()
     if main_process and os.path.isfile(log):                         # steps after the checkpoint will come again

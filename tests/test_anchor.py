@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import anchor
 import common
-from conftest import TEXT, assert_continues_to_the_same_bytes, assert_two_processes_are_one, log, run, weights, write_images
+from conftest import TEXT, Cut, assert_continues_to_the_same_bytes, assert_two_processes_are_one, log, run, weights, write_images
 
 CPU = torch.device("cpu")
 CLASSES = ["ant", "bee", "cat", "dog", "sea_eel"]
@@ -253,10 +253,10 @@ def test_a_caption_model_writes_the_file_and_goes_on_after_a_kill(tiny_root, cli
     def cut(*a, **k):
         calls.append(1)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise Cut
         return greedy(*a, **k)
     monkeypatch.setattr(anchor, "greedy_captions", cut)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Cut):
         run(anchor, tiny_root, clip(), tmp_path / "cut", *flags, steps=1)
     partial = tmp_path / "cut" / "captions.tsv.partial"
     assert len(open(partial).readlines()) == 17                 # a header and two batches of eight

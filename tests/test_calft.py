@@ -134,13 +134,51 @@ def test_a_folder_that_holds_a_run(tiny_root, clip, tmp_path, capsys):
     run(calft, tiny_root, clip(), out)
     stamp, table = os.stat(out / "last.pt").st_mtime_ns, capsys.readouterr().out
     run(calft, tiny_root, clip(), out, "--workers", "1")
-    assert os.stat(out / "last.pt").st_mtime_ns == stamp and capsys.readouterr().out == table
+    again = capsys.readouterr().out
+    assert os.stat(out / "last.pt").st_mtime_ns == stamp and "holds this run: finished" in again
+    assert again.splitlines()[-9:] == table.splitlines()[-9:] and "fine-tuned" in table.splitlines()[-8]
     with pytest.raises(SystemExit) as e:
         run(calft, tiny_root, clip(), out, "--oc", "0.3")
     assert e.value.code == 2 and "--oc 0.2" in capsys.readouterr().err
     assert os.stat(out / "last.pt").st_mtime_ns == stamp
     run(calft, tiny_root, clip(), out, "--oc", "0.3", "--overwrite", steps=2)
     assert len(log(out)) == 2
+
+
+def test_a_folder_on_other_images_is_refused(tiny_root, clip, tmp_path, capsys):
+    """A resume on other files would draw other batches, and a finished table would speak of sets that are gone."""
+    shutil.copytree(tiny_root, tmp_path / "root")
+    run(calft, tmp_path / "root", clip(), tmp_path / "out", steps=1)
+    os.remove(tmp_path / "root" / "sketch" / "bee" / "1.png")
+    with pytest.raises(SystemExit) as e:
+        run(calft, tmp_path / "root", clip(), tmp_path / "out", steps=1)
+    assert e.value.code == 2 and "other images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file, text, code", [("last.pt", "not a checkpoint", 2), ("args.json", "{", 2)])
+def test_a_broken_folder_is_refused_by_name(tiny_root, clip, tmp_path, capsys, file, text, code):
+    run(calft, tiny_root, clip(), tmp_path / "out", steps=1)
+    (tmp_path / "out" / file).write_text(text)
+    with pytest.raises(SystemExit) as e:
+        run(calft, tiny_root, clip(), tmp_path / "out", steps=1)
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert e.value.code == code and file in err and "Traceback" not in err
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_its_folder_free(tiny_root, clip, tmp_path):
+    shutil.copytree(tiny_root, tmp_path / "root")
+    image = tmp_path / "root" / "sketch" / "bee" / "1.png"
+    image.write_bytes(b"")
+    with pytest.raises(SystemExit):
+        run(calft, tmp_path / "root", clip(), tmp_path / "out", steps=1)
+    shutil.copy(f"{tiny_root}/sketch/bee/1.png", image)
+    run(calft, tmp_path / "root", clip(), tmp_path / "out", "--batch-size", "4", steps=1)
+
+
+def test_a_schedule_that_cannot_work_is_said(tiny_root, clip, tmp_path, capsys):
+    run(calft, tiny_root, clip(), tmp_path / "out", "--warmup", "500", "--ema-every", "500", steps=1)
+    out = capsys.readouterr().out
+    assert "warning: --warmup 500 in a run of 1 steps" in out and "warning: --ema-every 500" in out
 
 
 def test_the_seed_is_the_run(tiny_root, clip, tmp_path):
@@ -225,6 +263,9 @@ BAD = {
     "no steps": (["--max-steps", "0"], "--max-steps"),
     "no such eval folder": (["--eval", "/no/such/eval"], "/no/such/eval"),
     "not a number": (["--lr", "fast"], "--lr"),
+    "a negative rate": (["--lr", "-1"], "--lr"),
+    "no number for a rate": (["--lr", "nan"], "--lr"),
+    "a folder for a model": (["--model", REPO], "local-dir:"),
     "a seed below zero": (["--seed", "-1"], "--seed"),
     "workers below zero": (["--workers", "-1"], "--workers"),
     "a fraction above one": (["--val-frac", "2"], "--val-frac"),

@@ -284,7 +284,8 @@ def defaults():
     """The flags that differ from a script's own defaults, as {flag: value}. lr is bench.py's `recipe`."""
     path = where()
     return {"data": os.path.join(path, "root"), "model": f"local-dir:{os.path.join(path, 'clip')}",
-            "epochs": 5, "batch_size": 64, "lr": 3e-4, "warmup": 20, "ema_every": 10, "log_every": 20, "workers": 0,
+            "epochs": 5, "batch_size": 64, "lr": 3e-4, "warmup": 20, "ema_every": 10, "log_every": 20, "save_every": 100,
+            "workers": 0,
             "captions": os.path.join(path, "root", "captions.tsv"), "pool": os.path.join(path, "pool", "pool.tsv")}
 
 
