@@ -77,12 +77,14 @@ def recipe(jobs):
     names = {(m, lr): f"recipe-{m}-{lr}" for m in ("FT", "FLYP") for lr in ("3e-5", "1e-4", "3e-4", "1e-3")}
     results = run_all(jobs, {n: [*METHODS[m], *base, "--lr", lr] for (m, lr), n in names.items()})
     print(f"Top-1 on held-out training images by learning rate; {system()}")
-    for m in ("FT", "FLYP"):
-        top1 = {lr: results[n]["sets"]["val"]["top1"] for (method, lr), n in names.items() if method == m}
-        best, n = max(top1.values()), results[names[m, "1e-3"]]["sets"]["val"]["n"]
-        error = (best * (1 - best) / n) ** 0.5
-        print(f"{m:<6}" + "".join(f"{lr:>8}: {100 * t:.2f}" for lr, t in top1.items()) + f"   standard error {100 * error:.2f}; "
-              f"the smallest rate within it of the best: {next(lr for lr, t in top1.items() if t >= best - error)}")
+    rates = list(dict.fromkeys(lr for _, lr in names))
+    for row in (["FT"], ["FLYP"], ["FT", "FLYP"]):
+        top1 = {lr: statistics.mean(results[names[m, lr]]["sets"]["val"]["top1"] for m in row) for lr in rates}
+        best, n = max(top1.values()), results[names["FT", "1e-3"]]["sets"]["val"]["n"]
+        error = (best * (1 - best) / n) ** 0.5                   # of one model: both see the same images
+        print(f"{' and '.join(row):<12}" + "".join(f"{lr:>8}: {100 * t:.2f}" for lr, t in top1.items())
+              + f"   standard error {100 * error:.2f}; the smallest rate within it of the best: "
+              + next(lr for lr, t in top1.items() if t >= best - error))
 
 
 def methods(jobs, seeds):
