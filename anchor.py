@@ -62,11 +62,7 @@ def read_captions(path, images):
 
 def read_tsv(path, expected):
     """Lines 2, 3, ... of a file of two tab-separated columns: (line number, (left, right)). Raises Abort."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            lines = f.read().split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise common.Abort(f"{path} cannot be read as UTF-8 text ({e})")
+    lines = common.read_lines(path)
     if lines[0].split("\t")[0].strip() != "path":
         raise common.Abort(f"{path} line 1: expected the header {expected}, found {lines[0][:80]!r}")
     for number, line in enumerate(lines[1:], 2):
@@ -163,14 +159,7 @@ class Pairs(torch.utils.data.Dataset):
 
     def read(self, i):
         file, offset, size = self.where[i].tolist()
-        path = os.fsdecode(bytes(self.files[file]))
-        try:
-            with open(path, "rb") as f:
-                f.seek(offset)
-                data = f.read(size)
-        except OSError as e:
-            raise common.Abort(f"{path}: cannot be read ({e.strerror})", code=1)
-        return common.decode(data, f"{path} at byte {offset}")
+        return common.read_image(os.fsdecode(bytes(self.files[file])), offset, size)
 
     def take(self, keep):
         return Pairs(self.files, self.where[keep], [self.texts[i] for i in keep])

@@ -97,7 +97,8 @@ def main(argv=None):
     if "sets" in results:
         return common.report(results)
     if "zero_shot" not in results:                                   # before any training, so a broken set shows now
-        results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device, title="zero-shot")
+        results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device,
+                                               head=W_cls.detach(), title="zero-shot")
         common.write_json(out("results.json"), results)
     start = 0
     if state:

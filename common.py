@@ -416,19 +416,20 @@ def _scan(path, base, name=None):
     return Images(name or os.path.basename(os.path.normpath(path)), base, files, labels, classes)
 
 
-def _lines(path):
+def read_lines(path):
+    """The lines of a text file. Raises Abort."""
     try:
         with open(path, encoding="utf-8") as f:
-            return f.read().splitlines()
-    except UnicodeDecodeError as e:
-        raise Abort(f"{path} is not UTF-8 text ({e.reason} at byte {e.start})")
+            return f.read().split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise Abort(f"{path} cannot be read as UTF-8 text ({e})")
 
 
 def _classnames(classes, root):
     """Names of class folders: root/classnames.txt > ImageNet's wnids (OpenAI's names) > the folder, _ as space."""
     path, names = os.path.join(root, "classnames.txt"), {}
     if os.path.isfile(path):
-        for i, line in enumerate(_lines(path), 1):
+        for i, line in enumerate(read_lines(path), 1):
             if line.strip():
                 if line.count("\t") != 1 or not all(part.strip() for part in line.split("\t")):
                     raise Abort(f"{path} line {i}: expected folder<TAB>name, found {line.strip()!r}")
@@ -443,7 +444,7 @@ def _templates(root):
     path = os.path.join(root, "templates.txt")
     if not os.path.isfile(path):
         return list(open_clip.OPENAI_IMAGENET_TEMPLATES)
-    lines = [line.strip() for line in _lines(path) if line.strip()]
+    lines = [line.strip() for line in read_lines(path) if line.strip()]
     if not lines or not all("{}" in line for line in lines):
         raise Abort(f"{path}: expected one template a line, each with {{}} where the class name goes")
     return lines
@@ -589,14 +590,15 @@ def read_root(args, need_train=True):
 
 # ---- reading images ------------------------------------------------------------------------------------------------
 
-def read_image(path):
-    """Read an image file as `decode` does. Raises Abort (code 1) naming the file."""
+def read_image(path, offset=0, size=-1):
+    """Decode an image file, or `size` bytes of it from `offset`. Raises Abort (code 1) naming the file."""
     try:
         with open(path, "rb") as f:
-            data = f.read()
+            f.seek(offset)
+            data = f.read(size)
     except OSError as e:
         raise Abort(f"{path}: cannot be read ({e.strerror})", code=1)
-    return decode(data, path)
+    return decode(data, f"{path} at byte {offset}" if offset else path)
 
 
 def decode(data, name):
@@ -773,18 +775,17 @@ def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title=
     """
     features, = image_features([model], [preprocess], [root.val, *root.shifts], args, device, title)
     results = {}
-    for images, logits, labels, kind in set_logits(model, tokenizer, root, features, args, device, head):
-        results[images.name] = {"n": len(labels), "classes": len(images.classes), **scores(logits, labels),
-                                "skipped": 0, "head": kind}
+    for images, _, logits, labels, about in set_logits(model, tokenizer, root, features, args, device, head):
+        results[images.name] = {**about, **scores(logits, labels)}
     return summary(results, root)
 
 
 @torch.no_grad()
 def set_logits(model, tokenizer, root, features, args, device, head=None):
-    """For every set: its Images, logits (n, K) times tau, labels (n,), and whose head they are of.
+    """For every set: its Images, the rows (n,) of them that could be read (features, of every set, not NaN), their
+    logits (n, K) times tau, their labels (n,), and what the results say of the set beside its scores.
 
-    features: of every set, (n, d); rows of NaN (unreadable images) are left out. Kinds of head: "all" training classes,
-    a "subset" of them, or "zero-shot": its own, because a class was not trained on.
+    Kinds of head: "all" training classes, a "subset" of them, or "zero-shot": its own, as a class was not trained on.
     """
     @functools.lru_cache(None)
     def zero_shot(names):
@@ -792,17 +793,21 @@ def set_logits(model, tokenizer, root, features, args, device, head=None):
             return class_head(text_embeddings(model, tokenizer, names, root.templates)).float().cpu()      # (K, d)
     tau = model.logit_scale.exp().float().cpu()
     for images, u in zip([root.val, *root.shifts], features):
-        readable = ~u[:, 0].isnan()
-        if not readable.any():
+        corrupt, rows = u[:, 0].isnan().nonzero().squeeze(1).tolist(), (~u[:, 0].isnan()).nonzero().squeeze(1)
+        if not len(rows):
             raise Abort(f"no image of {images.name} can be read", code=1)
-        u, labels = u[readable], torch.from_numpy(images.labels)[readable]
         if images.columns is None:
-            yield images, tau * u @ zero_shot(tuple(images.classnames)).T, labels, "zero-shot"
-            continue
-        W = zero_shot(tuple(root.classnames)) if head is None else head.float().cpu()
-        logits = tau * u @ W.T                                                                     # (n, all K)
-        logits = torch.stack([logits[:, columns].amax(1) for columns in images.columns], 1)        # (n, K of the set)
-        yield images, logits, labels, "all" if logits.shape[1] == len(root.classes) else "subset"
+            logits, kind = tau * u[rows] @ zero_shot(tuple(images.classnames)).T, "zero-shot"      # (n, K of the set)
+        else:
+            W = zero_shot(tuple(root.classnames)) if head is None else head.float().cpu()
+            wide = max(map(len, images.columns))                     # of a class's columns the greatest counts
+            index = torch.tensor([c + c[:1] * (wide - len(c)) for c in images.columns])    # (K of the set, wide)
+            logits = (tau * u[rows] @ W.T)[:, index].amax(2)                                       # (n, K of the set)
+            kind = "all" if logits.shape[1] == len(root.classes) else "subset"
+        about = {"n": len(rows), "classes": len(images.classes), "skipped": len(corrupt), "head": kind}
+        if corrupt:
+            about["skipped_files"] = [images.path(i) for i in corrupt]
+        yield images, rows, logits, torch.from_numpy(images.labels)[rows], about
 
 
 def summary(results, root):

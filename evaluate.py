@@ -106,7 +106,7 @@ def plot(folder, columns, outcomes):
         tall = -(-len(sets) // wide)
         figure, axes = plt.subplots(2 * tall, wide, figsize=(2.6 * wide, 3.4 * tall), squeeze=False, sharex=True,
                                     gridspec_kw={"height_ratios": [3, 1] * tall}, layout="constrained")
-        for axis in axes.flat[:]:
+        for axis in axes.flat:
             axis.set_visible(False)
         for i, (name, (confidence, correct)) in enumerate(sets.items()):
             top, below = axes[2 * (i // wide)][i % wide], axes[2 * (i // wide) + 1][i % wide]
@@ -165,34 +165,28 @@ def main(argv=None):
     args = common.parse(parser, device, argv)
     if os.path.isfile(os.path.join(args.out, "args.json")):
         raise common.Abort(f"--out {args.out} holds a run, which results.json belongs to; give another --out")
-
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise common.Abort("--plot needs matplotlib: pip install matplotlib")
     root = common.read_root(args, need_train=False)
     names = [args.model] if isinstance(args.model, str) else args.model
     loaded = [entry for name in names for entry in load(name, args, root, device)]
-    sets = [root.val, *root.shifts]
-    everything = common.image_features([m for _, m, *_ in loaded], [p for _, _, p, *_ in loaded], sets, args, device,
-                                       skip=args.skip_corrupt)
+    everything = common.image_features([m for _, m, *_ in loaded], [p for _, _, p, *_ in loaded],
+                                       [root.val, *root.shifts], args, device, skip=args.skip_corrupt)
     columns, outcomes, notes, main_process = {}, {}, [], common.rank_world()[0] == 0
     for (title, model, _, tokenizer, head), features in zip(loaded, everything):
         results, scaled, T = {}, {}, None
-        for images, logits, labels, kind in common.set_logits(model, tokenizer, root, features, args, device, head):
-            u = features[sets.index(images)]
-            corrupt = u[:, 0].isnan().nonzero().squeeze(1).tolist()
-            about = {"n": len(labels), "classes": len(images.classes), "skipped": len(corrupt), "head": kind,
-                     **({"skipped_files": [images.path(i) for i in corrupt]} if corrupt else {})}
+        of_sets = common.set_logits(model, tokenizer, root, features, args, device, head)
+        for images, rows, logits, labels, about in of_sets:
             results[images.name] = {**about, **common.scores(logits, labels)}
             if args.temperature:
                 T = fit_temperature(logits, labels) if T is None else T                            # val comes first
                 scaled[images.name] = {**about, **common.scores(logits / T, labels)}
+            confidence, prediction = logits.softmax(1).max(1)
             if args.plot:
-                confidence, prediction = logits.softmax(1).max(1)
                 outcomes.setdefault(title, {})[images.name] = confidence.numpy(), (prediction == labels).numpy()
             if args.predictions and main_process:
                 folder = os.path.join(args.predictions, filename(title))
-                confidence, prediction = logits.softmax(1).max(1)
-                paths = [images.path(i) for i in (~u[:, 0].isnan()).nonzero().squeeze(1).tolist()]
+                paths = [images.path(i) for i in rows.tolist()]
                 os.makedirs(folder, exist_ok=True)
                 with common.replacing(os.path.join(folder, filename(images.name) + ".npz")) as f:
                     np.savez(f, path=np.array(paths), label=labels.numpy(), prediction=prediction.numpy(),
