@@ -23,7 +23,6 @@ with k = 1, CoCa for the paper's BLIP-2, and the recipe, which is FLYP's (no cod
     torchrun --nproc_per_node 8 anchor.py --data /imagenet --pool ... # the same batch on eight GPUs
     python anchor.py --cap 0 --ret 0                                  # FLYP, the natural baseline
 """
-import hashlib
 import itertools
 import math
 import os
@@ -31,7 +30,6 @@ import re
 import tarfile
 
 import numpy as np
-import safetensors
 import torch
 from tqdm import tqdm
 
@@ -223,20 +221,16 @@ def retrieve(query, pool, k):
 def cached_features(name, files, images, model, preprocess, args, device):
     """Image features (n, d) by the untuned model, float16, NaN where unreadable. Made once: --out keeps them in
     <name>_features.safetensors for as long as the model and the files' sizes and times are the same."""
-    path, digest = os.path.join(args.out, f"{name}_features.safetensors"), hashlib.sha256(args.precision.encode())
-    for weight in model.visual.state_dict().values():
-        digest.update(weight.cpu().contiguous().numpy().tobytes())
-    for file in files:
-        stat = os.stat(file) if os.path.exists(file) else None
-        digest.update(f"{file}\0{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode("utf-8", "surrogateescape"))
-    if os.path.isfile(path):
-        with safetensors.safe_open(path, "pt") as f:
-            if f.metadata() == {"made_from": digest.hexdigest()}:
-                return f.get_tensor("features")
-    (features,), = common.image_features([model], [preprocess], [images], args, device, f"features: {name}", skip=True,
-                                         dtype=torch.float16)
-    common.write_tensors(path, {"features": features}, made_from=digest.hexdigest())
-    return features
+    def stat(file):
+        s = os.stat(file) if os.path.exists(file) else None
+        return file, s and (s.st_size, s.st_mtime_ns)
+
+    def make():
+        (features,), = common.image_features([model], [preprocess], [images], args, device, f"features: {name}",
+                                             skip=True, dtype=torch.float16, precision=args.precision)
+        return features
+    digest = common.sha256(model.visual, args.precision, *model.visual.state_dict().values(), *map(stat, files))
+    return common.cached(os.path.join(args.out, f"{name}_features.safetensors"), digest, make)
 
 
 def retrieved_pairs(pool, images, model, preprocess, args, device):

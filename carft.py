@@ -80,8 +80,7 @@ def main(argv=None):
                            "write more to templates.txt, or give --lam 0")
     torch.manual_seed(args.seed)                                     # for random weights; the data draws by itself
     model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
-    with common.autocast(device, args.precision):
-        E = common.text_embeddings(model, tokenizer, root.classnames, root.templates)              # (K, M, d)
+    E = common.text_embeddings(model, tokenizer, root.classnames, root.templates)                  # (K, M, d)
     W_cls = torch.nn.Parameter(common.class_head(E))                                               # (K, d)
     W_ctx = context_head(E)                                                                        # (M, d)
     del E

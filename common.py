@@ -20,10 +20,12 @@ import time
 
 import numpy as np
 import open_clip
+import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -84,7 +86,8 @@ def flags(doc, out):
     add("--out", default=out, help="folder of everything that is written")
     add("--batch-size", type=int, default=512, help="images in the global batch, over all processes")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="data loading workers of each process")
-    add("--precision", choices=["fp32", "bf16", "fp16"], help="of the towers; bf16 or fp16 on CUDA, else fp32")
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="of the towers in training; bf16 or fp16 on CUDA, else "
+        "fp32. Scores are always computed in fp32")
     add("--seed", type=int, default=0, help="of all randomness")
     return parser
 
@@ -125,7 +128,8 @@ def parse(parser, device, argv=None):
         value = getattr(args, name, 0)
         if not 0 <= value < math.inf:
             raise Abort(f"--{name} must be a finite number and at least 0, not {value}")
-    args.data = os.path.abspath(args.data)
+    name, folder = _split_name(args.data)
+    args.data = f"{name}:{folder}" if name else os.path.abspath(folder)
     if not 0 < args.val_frac < 1:
         raise Abort(f"--val-frac must lie between 0 and 1, not {args.val_frac}")
     if args.batch_size % rank_world()[1]:
@@ -297,6 +301,29 @@ def write_tensors(path, tensors, **metadata):
             f.write(safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
 
 
+def sha256(*parts):
+    """Hex digest of tensors' bytes and of everything else's str, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.cpu().contiguous().view(-1).view(torch.uint8).numpy() if isinstance(part, torch.Tensor)
+                      else f"{part}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def cached(path, digest, make):
+    """The tensor in the safetensors file `path` if it was made from `digest`, else make() and write it there."""
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            if f.metadata() == {"made_from": digest}:
+                return f.get_tensor("cached")
+    except (OSError, safetensors.SafetensorError):                   # none there, or broken: make it anew
+        pass
+    made = make()
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_tensors(path, {"cached": made}, made_from=digest)
+    return made
+
+
 def export(model, name, path):
     """Write the weights as an open_clip `local-dir:`; `name` is what the model was loaded as. float32 safetensors."""
     os.makedirs(path, exist_ok=True)
@@ -307,17 +334,23 @@ def export(model, name, path):
 
 # ---- heads and losses ----------------------------------------------------------------------------------------------
 
+def prompt_texts(classnames, templates):
+    """Every class name in every template, K * M strings. templates: callables, or strings with {}."""
+    return [t(c) if callable(t) else t.replace("{}", c) for c in classnames for t in templates]
+
+
 def prompts(tokenizer, classnames, templates):
-    """Every class name in every template as tokens, (K, M, L) long. templates: callables, or strings with {}."""
-    texts = [t(c) if callable(t) else t.replace("{}", c) for c in classnames for t in templates]
-    return tokenizer(texts).view(len(classnames), len(templates), -1)
+    """Every class name in every template as tokens, (K, M, L) long."""
+    return tokenizer(prompt_texts(classnames, templates)).view(len(classnames), len(templates), -1)
 
 
 @torch.no_grad()
 def text_embeddings(model, tokenizer, classnames, templates):
     """Text features of every class in every template, (K, M, d), each L2-normalised."""
     tokens = prompts(tokenizer, classnames, templates).flatten(0, 1)                               # (K*M, L)
-    return torch.cat([encode_text(model, t) for t in tokens.split(1024)]).view(len(classnames), len(templates), -1)
+    order = tokens.argmax(-1).argsort()                              # by length, so that each batch is cut short
+    E = torch.cat([encode_text(model, t) for t in tokens[order].split(1024)])                      # (K*M, d)
+    return E[order.argsort()].view(len(classnames), len(templates), -1)
 
 
 def class_head(E):
@@ -350,14 +383,16 @@ class Images(torch.utils.data.Dataset):
     """Image files with labels. base/files[i] has class classes[labels[i]] and is called classnames[labels[i]].
 
     Evaluated with the training head, the logit of classes[k] is the greatest of its columns columns[k], mostly one;
-    columns None: a class was not trained on, and the set gets a zero-shot head of its own. `border` pixels are cut off
-    on each side. group: the --eval folder of image folders that the set is part of.
+    columns None: a class was not trained on, and the set gets a zero-shot head of its own, with its own `templates` if
+    it has some. `border` pixels are cut off on each side. group: the --eval folder of image folders that the set is
+    part of. pixels {group: (n, H, W, 3)}: where file group/17 is no file but row 17 of an array.
     """
 
-    def __init__(self, name, base, files, labels, classes, classnames=None, columns=None):
+    def __init__(self, name, base, files, labels, classes, classnames=None, columns=None, pixels={}):
         self.name, self.base, self.classes, self.classnames, self.columns = name, base, classes, classnames, columns
-        self.border, self.group = 0, None
-        self.files = np.array([os.fsencode(f) for f in files])       # one block of bytes: workers share it
+        self.border, self.group, self.templates, self.pixels = 0, None, None, pixels
+        # one block of bytes, which workers share
+        self.files = files if isinstance(files, np.ndarray) else np.array([os.fsencode(f) for f in files])
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def __len__(self):
@@ -370,16 +405,20 @@ class Images(torch.utils.data.Dataset):
         return os.path.join(self.base, self.file(i))
 
     def read(self, i):
+        group, _, row = self.file(i).rpartition("/")
+        if group in self.pixels:
+            return torch.from_numpy(self.pixels[group][int(row)]).permute(2, 0, 1)
         b, x = self.border, read_image(self.path(i))
         return x[:, b:x.shape[1] - b, b:x.shape[2] - b]
 
     def take(self, keep, name):
-        return Images(name, self.base, self.files[keep], self.labels[keep], self.classes, self.classnames, self.columns)
+        return Images(name, self.base, self.files[keep], self.labels[keep], self.classes, self.classnames, self.columns,
+                      self.pixels)
 
 
 class Root:
-    """What a ROOT holds: train, val and shifts (Images), classes (folder names), classnames, templates; and held_out,
-    whether val was held out of the training images."""
+    """What a ROOT holds: train, val and shifts (Images), classes (folder names), classnames, templates; held_out,
+    whether val was held out of the training images; test, the one of `shifts` that is none, but val's sibling."""
 
 
 def _subfolders(path):
@@ -414,6 +453,64 @@ def _scan(path, base, name=None):
         files += [os.path.join(prefix, f) for f in found]
         labels += [k] * len(found)
     return Images(name or os.path.basename(os.path.normpath(path)), base, files, labels, classes)
+
+
+# torchvision's sets: its class, the splits to train on, for val (None: held out) and to test on, CLIP's first template
+SETS = {
+    "cifar10": ("CIFAR10", ("train", None, "test"), "a photo of a {}."),
+    "cifar100": ("CIFAR100", ("train", None, "test"), "a photo of a {}."),
+    "food101": ("Food101", ("train", None, "test"), "a photo of {}, a type of food."),
+    "cars": ("StanfordCars", ("train", None, "test"), "a photo of a {}."),
+    "pets": ("OxfordIIITPet", ("trainval", None, "test"), "a photo of a {}, a type of pet."),
+    "aircraft": ("FGVCAircraft", ("train", "val", "test"), "a photo of a {}, a type of aircraft."),
+    "flowers102": ("Flowers102", ("train", "val", "test"), "a photo of a {}, a type of flower."),
+    "dtd": ("DTD", ("train", "val", "test"), "a photo of a {} texture."),
+}
+
+
+def _split_name(path):
+    """(NAME, folder) of NAME:FOLDER, (None, path) of any other path."""
+    name, colon, folder = path.partition(":")
+    return (name, os.path.abspath(folder)) if colon and name in SETS else (None, path)
+
+
+def _torchvision(path, part, title):
+    """The Images of a split (0: to train on, 1: val, 2: to test on) of NAME:FOLDER, downloaded if need be; or Abort."""
+    name, folder = _split_name(path)
+    (cls, splits, template), rank = SETS[name], rank_world()[0]
+    if splits[part] is None:
+        raise Abort(f"--val {path}: {name} has no val split; without --val some of its training images are held out")
+    if not os.path.isdir(folder):
+        raise Abort(f"{path}: {folder} is not a folder (make it, and {name} is downloaded into it)")
+    if name in ("cars", "flowers102") and importlib.util.find_spec("scipy") is None:
+        raise Abort(f"{path}: torchvision reads {name} by scipy: pip install scipy")
+    split = {"train": part < 2} if name.startswith("cifar") else {"split": splits[part]}
+    make = functools.partial(getattr(torchvision.datasets, cls), folder, **split)
+    try:
+        if rank == 0:                                                # one process downloads, the others find it there
+            try:
+                make()
+            except RuntimeError:
+                print(f"{name} is not in {folder}, or not whole: downloading it")
+                make(download=True)
+        if dist.is_initialized():
+            dist.barrier()
+        d = make()
+        classes = d.classes                                          # Flowers102 of torchvision 0.19 has none
+        labels = getattr(d, "targets", None) or getattr(d, "_labels", None) or [y for _, y in d._samples]
+    except Exception as e:                                           # no network, a dead address, broken annotations
+        raise Abort(f"{path}: torchvision {torchvision.__version__} cannot open or download {cls} in {folder} "
+                    f"({type(e).__name__}: {' '.join(str(e).split())[:200]})", code=1)
+    pixels = {}
+    if hasattr(d, "data"):                                           # CIFAR is not files
+        pixels = {f"{name}:{splits[part]}": d.data}
+        files = [f"{name}:{splits[part]}/{i}" for i in range(len(d))]
+    else:
+        files = getattr(d, "_image_files", None) or getattr(d, "_images", None) or [f for f, _ in d._samples]
+        files = [os.path.relpath(f, folder) for f in files]
+    images = Images(title, folder, files, labels, list(classes), _classnames(classes, folder), pixels=pixels)
+    images.templates = [template]
+    return images
 
 
 def read_lines(path):
@@ -460,7 +557,7 @@ def _match(images, root, classnames_root):
         columns = [[int(c)] for c in images.classes]                 # ... and sorts as a string: 0, 1, 10, 100, ...
         images.classnames = [root.classnames[k] for k, in columns]
     else:
-        columns, images.classnames = None, _classnames(images.classes, classnames_root)
+        columns, images.classnames = None, images.classnames or _classnames(images.classes, classnames_root)
         new = [c for c in images.classes if c not in index]
         if rank_world()[0] == 0:
             print(f"{images.name}: {len(new)} of its {len(images.classes)} classes were not trained on "
@@ -505,6 +602,8 @@ def _objectnet(path, root, name):
 
 def _eval_sets(path, root, classnames_root, name=None):
     """The evaluation sets of a folder: itself, or those of its subfolders (ImageNet-C's corruption/severity/class)."""
+    if _split_name(path)[0]:
+        return [_match(_torchvision(path, 2, name or _split_name(path)[0]), root, None)]
     if os.path.basename(os.path.normpath(path)) == "images" and os.path.isdir(os.path.join(path, "..", "mappings")):
         path = os.path.dirname(os.path.abspath(path))                # of ObjectNet, the folder above is meant
     name = name or os.path.basename(os.path.normpath(path))
@@ -519,42 +618,59 @@ def _eval_sets(path, root, classnames_root, name=None):
     return sets
 
 
+def val_folder(data, val):
+    """Where val is, for --data and --val: --val, ROOT/val, NAME:FOLDER itself; None: held out of the training images."""
+    own, base = _split_name(data)
+    return val or (data if own and SETS[own][1][1] else "val" if not own and os.path.isdir(f"{base}/val") else None)
+
+
 def read_root(args, need_train=True):
     """Read --data, --train, --val, --val-frac and --eval into a Root. Raises Abort for what does not fit together.
 
+    Each may be NAME:FOLDER, one of torchvision's SETS; as --data it is trained on and evaluated by its own splits.
     need_train False (evaluation): where there is a val, of the training folders only the class names are read, and
     without those folders val's classes stand in for them.
     """
-    if not os.path.isdir(args.data):
-        raise Abort(f"--data {args.data} is not a folder")
-    root, base = Root(), args.data
+    root, (own, base) = Root(), _split_name(args.data)
+    if not os.path.isdir(base):
+        raise Abort(f"--data {args.data} is not a folder" + (
+            f", and torchvision's sets are {', '.join(SETS)}" if ":" in args.data else ""))
     root.base = base
-    where = lambda d: d if os.path.isabs(d) else os.path.join(base, d)
-    val = args.val or ("val" if os.path.isdir(where("val")) else None)
-    missing = [d for d in args.train if not os.path.isdir(where(d))]
+    where = lambda d: d if os.path.isabs(d) or _split_name(d)[0] else os.path.join(base, d)
+    scan = lambda d, part, *name: (_torchvision(d, part, *name or ["train"]) if _split_name(d)[0] else
+                                   _scan(where(d), base, *name))
+    train_folders, val = [args.data] if own and args.train == ["train"] else args.train, val_folder(args.data, args.val)
+    missing = [d for d in train_folders if not _split_name(d)[0] and not os.path.isdir(where(d))]
     for d in missing:
         if need_train or val is None:
             raise Abort(f"--data {base} has no folder {d} (expected {where(d)}/<class>/*.jpg; --train names another)")
 
     if need_train or val is None:
-        parts = [_scan(where(d), base) for d in args.train]
+        parts = [scan(d, 0) for d in train_folders]
         root.classes = sorted(set().union(*(p.classes for p in parts)))
         labels = [[root.classes.index(c) for c in p.classes] for p in parts]
         groups = [p.labels + 10**6 * i for i, p in enumerate(parts)]                 # a class of a training folder
-        train = Images("train", base, [f for p in parts for f in p.files],
-                       np.concatenate([np.take(lab, p.labels) for lab, p in zip(labels, parts)]), root.classes)
+        files = [p.files if p.base == base else np.array([os.fsencode(p.path(i)) for i in range(len(p))])
+                 for p in parts]
+        pixels = {group: rows for p in parts for group, rows in p.pixels.items()}
+        train = Images("train", base, np.concatenate(files), np.concatenate(
+            [np.take(lab, p.labels) for lab, p in zip(labels, parts)]), root.classes, pixels=pixels)
     else:
-        root.classes = sorted(set().union(*(_subfolders(where(d)) for d in ([val] if missing else args.train))))
+        folders = [val] if missing else train_folders
+        root.classes = sorted(set().union(*(
+            _torchvision(d, 0, "train").classes if _split_name(d)[0] else _subfolders(where(d)) for d in folders)))
         train = None
     if len(root.classes) < 2:
         raise Abort(f"{where(args.train[0])} holds {len(root.classes)} class folder(s); classification needs two")
     root.classnames, root.templates = _classnames(root.classes, base), _templates(base)
+    if train is not None:
+        train.classnames = root.classnames
 
     if val is not None:
-        root.val = _scan(where(val), base, "val")
+        root.val = scan(val, 1, "val")
         lacking = sorted(set(root.val.classes) - set(root.classes))
         if lacking:
-            raise Abort(f"{where(val)} has classes that training lacks: {', '.join(lacking[:5])}"
+            raise Abort(f"--val {where(val)} has classes that training lacks: {', '.join(lacking[:5])}"
                         + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""))
         root.val.labels = np.take([root.classes.index(c) for c in root.val.classes], root.val.labels)
     else:                                                            # hold some of every class of every folder out:
@@ -572,14 +688,14 @@ def read_root(args, need_train=True):
     root.val.classes, root.val.classnames = root.classes, root.classnames
     root.val.columns = [[k] for k in range(len(root.classes))]       # val is never scored on a subset of the classes
 
-    used = {os.path.realpath(where(d)) for d in [*args.train, val or "train"]}
-    others = [where(d) for d in _subfolders(base) if os.path.realpath(where(d)) not in used]
+    used = {os.path.realpath(where(d)) for d in [*train_folders, val or "train"]}
+    others = [] if own else [where(d) for d in _subfolders(base) if os.path.realpath(where(d)) not in used]
     shifts = [d for d in others if _is_image_folder(d) or os.path.isdir(os.path.join(d, "mappings"))]
     if rank_world()[0] == 0:
         for d in others:
             if d not in shifts:
                 print(f"{d}: not an image folder, not evaluated (if it holds image folders, name it with --eval)")
-    root.shifts = []
+    root.shifts, root.test = _eval_sets(args.data, root, base, "test") if own else [], "test" if own else None
     for d in shifts + args.eval:
         sets = _eval_sets(d, root, base if d in others else os.path.dirname(os.path.abspath(d)))
         if any(s.name == other.name for s in sets for other in [root.val, *root.shifts]):          # two of one name
@@ -717,7 +833,8 @@ class EvalImages(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def image_features(models, preprocesses, sets, args, device, title="evaluating", skip=False, dtype=torch.float32):
+def image_features(models, preprocesses, sets, args, device, title="evaluating", skip=False, dtype=torch.float32,
+                   precision="fp32"):
     """For every model the features (n, d) of every set of Images, as `dtype` on the CPU, in file order.
 
     Each image is decoded once for all models. An unreadable one ends the program, or with `skip` has NaN for features.
@@ -733,7 +850,7 @@ def image_features(models, preprocesses, sets, args, device, title="evaluating",
     parts = [[] for _ in models]
     for crops, readable in tqdm(loader, title, unit="batch", leave=False, disable=rank != 0):
         for model, to_float, x, part in zip(models, prepare, crops, parts):
-            with autocast(device, args.precision):
+            with autocast(device, precision):
                 u = encode_image(model, to_float(x)).to("cpu", dtype)                              # (batch, d)
             part.append(u.masked_fill(~readable[:, None], math.nan))
     out = []
@@ -769,7 +886,7 @@ def scores(logits, labels):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title="evaluating"):
-    """Scores on val and every shift, as `summary` has them.
+    """Scores on val and every shift, as `summary` has them; in float32, as bf16 moves images between near ties.
 
     head (K, d): the classifier of the training classes; None for the zero-shot head of the model's own text tower.
     """
@@ -781,25 +898,31 @@ def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title=
 
 
 @torch.no_grad()
-def set_logits(model, tokenizer, root, features, args, device, head=None):
+def set_logits(model, tokenizer, root, features, args, device, head=None, precision="fp32"):
     """For every set: its Images, the rows (n,) of them that could be read (features, of every set, not NaN), their
     logits (n, K) times tau, their labels (n,), and what the results say of the set beside its scores.
 
     Kinds of head: "all" training classes, a "subset" of them, or "zero-shot": its own, as a class was not trained on.
     """
+    weights = sha256(model, precision, *(w for k, w in model.state_dict().items() if not k.startswith("visual.")))
+
     @functools.lru_cache(None)
-    def zero_shot(names):
-        with autocast(device, args.precision):
-            return class_head(text_embeddings(model, tokenizer, names, root.templates)).float().cpu()      # (K, d)
+    def zero_shot(names, templates):                                 # (K, d); in --out it is kept by its content
+        def make():
+            with autocast(device, precision):
+                return class_head(text_embeddings(model, tokenizer, names, templates)).float().cpu()
+        digest = sha256(weights, *prompt_texts(names, templates))
+        return cached(os.path.join(args.out, "heads", digest[:16] + ".safetensors"), digest, make)
     tau = model.logit_scale.exp().float().cpu()
     for images, u in zip([root.val, *root.shifts], features):
         corrupt, rows = u[:, 0].isnan().nonzero().squeeze(1).tolist(), (~u[:, 0].isnan()).nonzero().squeeze(1)
         if not len(rows):
             raise Abort(f"no image of {images.name} can be read", code=1)
         if images.columns is None:
-            logits, kind = tau * u[rows] @ zero_shot(tuple(images.classnames)).T, "zero-shot"      # (n, K of the set)
+            W = zero_shot(tuple(images.classnames), tuple(images.templates or root.templates))     # (K of the set, d)
+            logits, kind = tau * u[rows] @ W.T, "zero-shot"                                        # (n, K of the set)
         else:
-            W = zero_shot(tuple(root.classnames)) if head is None else head.float().cpu()
+            W = zero_shot(tuple(root.classnames), tuple(root.templates)) if head is None else head.float().cpu()
             wide = max(map(len, images.columns))                     # of a class's columns the greatest counts
             index = torch.tensor([c + c[:1] * (wide - len(c)) for c in images.columns])    # (K of the set, wide)
             logits = (tau * u[rows] @ W.T)[:, index].amax(2)                                       # (n, K of the set)
@@ -813,7 +936,8 @@ def set_logits(model, tokenizer, root, features, args, device, head=None):
 def summary(results, root):
     """{"sets": results, "means": {folder: means of the sets below it}, "shift_mean": {"top1", "ece"}}.
 
-    A set with classes that were not trained on stays out of shift_mean; a folder of image folders counts once.
+    A set with classes that were not trained on stays out of shift_mean, and so does the test split that belongs to
+    val; a folder of image folders counts once.
     """
     def mean(names):
         return {k: sum(results[name][k] for name in names) / len(names) for k in ("top1", "ece")}
@@ -822,7 +946,7 @@ def summary(results, root):
         inner = s.name[len(s.group) + 1:].split("/")[:-1] if s.group else []
         for depth in range(len(inner) + 1 if s.group else 0):
             folders.setdefault("/".join([s.group, *inner[:depth]]), []).append(s.name)
-        if s.columns is not None:
+        if s.columns is not None and s.name != root.test:
             units.setdefault(s.group or s.name, []).append(s.name)
     once = [mean(names) for names in units.values()]
     return {"sets": results, "means": {folder: mean(names) for folder, names in folders.items()},

@@ -8,13 +8,17 @@
 
 A model is the folder of a run, local-dir:PATH (what runs export), or an open_clip name with --pretrained. Each is
 scored as the training scripts score it: with the zero-shot head of its own text tower, or with the head that carft.py
-trained, where there is one for the classes of this ROOT. Each image is decoded once for all models.
+trained, where there is one for the classes of this ROOT. A run on this ROOT keeps its own training folders and val, so
+that runs which left out a domain each stand side by side; of several runs the mean is printed too. Each image is
+decoded once for all models that share them.
 """
+import argparse
 import copy
 import importlib.util
 import json
 import os
 import re
+import statistics
 
 import numpy as np
 import safetensors
@@ -51,18 +55,20 @@ def sigma_min(features):
     return float(torch.linalg.svdvals(x.T @ x / (len(x) - 1))[-1])
 
 
-def load(name, args, root, device):
-    """[(title, model, preprocess, tokenizer, head or None)] of one --model: itself, or its interpolations by --wise."""
-    title, run = os.path.normpath(name.removeprefix("local-dir:")), None
+def read_run(name):
+    """(name for load_model, title, folder, args.json or None) of one --model."""
+    title = os.path.normpath(name.removeprefix("local-dir:"))
     if os.path.isdir(os.path.join(name, "model")):                   # the folder of a run
         name = "local-dir:" + os.path.join(name, "model")
     folder = os.path.dirname(os.path.normpath(name.removeprefix("local-dir:")))
-    if name.startswith("local-dir:") and os.path.isfile(os.path.join(folder, "args.json")):
-        run = common.read_json(os.path.join(folder, "args.json"))
-        other = [k for k in ("seed", "val_frac", "train") if run[k] != getattr(args, k)]
-        if root.held_out and other and os.path.realpath(run["data"]) == os.path.realpath(args.data):
-            raise common.Abort(f"{title} was trained with another val held out; give " + " ".join(
-                f"--{k.replace('_', '-')} {' '.join(run[k]) if k == 'train' else run[k]}" for k in other))
+    file = os.path.join(folder, "args.json")
+    known = name.startswith("local-dir:") and os.path.isfile(file)
+    return name, title, folder, common.read_json(file) if known else None
+
+
+def load(name, args, root, device):
+    """[(title, model, preprocess, tokenizer, head or None, about)] of one --model: itself, or what --wise asks for."""
+    name, title, folder, run = read_run(name)
     model, _, preprocess, tokenizer = common.load_model(name, args.pretrained, device)
     head, trained = None, os.path.join(folder, "head.safetensors")
     if os.path.basename(os.path.normpath(name)) == "model" and os.path.isfile(trained):
@@ -72,7 +78,7 @@ def load(name, args, root, device):
             else:
                 print(f"{trained} was trained on other classes: zero-shot head")
     if not args.wise:
-        return [(title, model, preprocess, tokenizer, head)]
+        return [(title, model, preprocess, tokenizer, head, {"run": title} if run else {})]
 
     # WiSE-FT (Wortsman et al., 2022): theta = (1 - alpha) theta_zero_shot + alpha theta_fine_tuned
     if run is None:
@@ -87,7 +93,7 @@ def load(name, args, root, device):
         mixed.load_state_dict({k: v.lerp(tuned[k], alpha) if v.is_floating_point() else v
                                for k, v in base.state_dict().items()})
         W = None if head is None else zero_shot_head.lerp(head, alpha)
-        out.append((f"{title} {alpha:g}", mixed, preprocess, tokenizer, W))
+        out.append((f"{title} {alpha:g}", mixed, preprocess, tokenizer, W, {"run": title, "alpha": alpha}))
     return out
 
 
@@ -148,11 +154,69 @@ def filename(title):
     return re.sub("[/ ]", "_", title.strip("/"))
 
 
+def score(names, args, root, device, outcomes, notes):
+    """{title: results} of the models `names` on the sets of `root`; fills outcomes (what `plot` takes) and notes."""
+    loaded = [entry for name in names for entry in load(name, args, root, device)]
+    everything = common.image_features([m for _, m, *_ in loaded], [p for _, _, p, *_ in loaded],
+                                       [root.val, *root.shifts], args, device, skip=args.skip_corrupt,
+                                       precision=args.precision)
+    columns = {}
+    for (title, model, _, tokenizer, head, of_run), features in zip(loaded, everything):
+        results, scaled, T = {}, {}, None
+        of_sets = common.set_logits(model, tokenizer, root, features, args, device, head, args.precision)
+        for images, rows, logits, labels, about in of_sets:
+            results[images.name] = {**about, **common.scores(logits, labels)}
+            if args.temperature:
+                T = fit_temperature(logits, labels) if T is None else T                            # val comes first
+                scaled[images.name] = {**about, **common.scores(logits / T, labels)}
+            confidence, prediction = logits.softmax(1).max(1)
+            if args.plot:
+                outcomes.setdefault(title, {})[images.name] = confidence.numpy(), (prediction == labels).numpy()
+            if args.predictions and common.rank_world()[0] == 0:
+                folder = os.path.join(args.predictions, filename(title))
+                paths = [images.path(i) for i in rows.tolist()]
+                os.makedirs(folder, exist_ok=True)
+                with common.replacing(os.path.join(folder, filename(images.name) + ".npz")) as f:
+                    np.savez(f, path=np.array(paths), label=labels.numpy(), prediction=prediction.numpy(),
+                             confidence=confidence.numpy(), classes=np.array(images.classes))
+        columns[title] = {**common.summary(results, root), **of_run}
+        if args.temperature:
+            columns[f"{title} T={T:.3f}"] = {**common.summary(scaled, root), **of_run, "temperature": T}
+        if args.sigma_min:
+            value = sigma_min(features[0][~features[0][:, 0].isnan()])
+            columns[title]["sigma_min"] = value
+            notes.append(f"sigma_min {value:.3g}   {title}")
+    skipped = {f: None for s in next(iter(columns.values()))["sets"].values() for f in s.get("skipped_files", [])}
+    notes += [f"skipped, not readable: {f}" for f in skipped]
+    return columns
+
+
+def mean_of_runs(runs):
+    """Mean and standard deviation of top-1 and ECE over runs: on every set that all have, and of their shift means."""
+    def over(entries):
+        both = {k: [e[k] for e in entries] for k in ("top1", "ece")}
+        mean = {k: statistics.mean(v) for k, v in both.items()}
+        return {**mean, **{f"{k}_sd": statistics.stdev(v) for k, v in both.items()}}
+    shared = [name for name in runs[0]["sets"] if all(name in r["sets"] for r in runs)]
+    return {"runs": [r["run"] for r in runs], "sets": {name: over([r["sets"][name] for r in runs]) for name in shared},
+            "shift_mean": over([r["shift_mean"] for r in runs]) if all(r["shift_mean"] for r in runs) else None}
+
+
+def mean_table(title, mean):
+    rows = {**mean["sets"], **({"shift mean": mean["shift_mean"]} if mean["shift_mean"] else {})}
+    wide = max(14, len(title) + 2, *(len(name) + 2 for name in rows))
+    return "\n".join([f"{title:<{wide}}{'top-1':>8}{'± sd':>6}{'ECE':>8}{'± sd':>6}"] + [
+        f"{name:<{wide}}{100 * m['top1']:>8.2f}{'±%.1f' % (100 * m['top1_sd']):>6}"
+        f"{100 * m['ece']:>8.2f}{'±%.1f' % (100 * m['ece_sd']):>6}" for name, m in rows.items()])
+
+
 @common.cli
 def main(argv=None):
     parser = common.flags(__doc__, out="out/evaluate")
-    parser.set_defaults(batch_size=256)
+    parser.set_defaults(batch_size=256, precision="fp32")
     add = parser.add_argument
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="of the towers; bf16 is faster on a GPU, and decides "
+        "near ties by chance")
     add("--model", nargs="+", default=["ViT-B-16-quickgelu"], help="folders of runs, open_clip names, local-dir:PATH")
     add("--wise", nargs="+", type=float, metavar="ALPHA", help="interpolate weights with the model that a run was "
         "tuned from: 0 is that model, 1 the tuned one")
@@ -167,52 +231,37 @@ def main(argv=None):
         raise common.Abort(f"--out {args.out} holds a run, which results.json belongs to; give another --out")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise common.Abort("--plot needs matplotlib: pip install matplotlib")
-    root = common.read_root(args, need_train=False)
-    names = [args.model] if isinstance(args.model, str) else args.model
-    loaded = [entry for name in names for entry in load(name, args, root, device)]
-    everything = common.image_features([m for _, m, *_ in loaded], [p for _, _, p, *_ in loaded],
-                                       [root.val, *root.shifts], args, device, skip=args.skip_corrupt)
-    columns, outcomes, notes, main_process = {}, {}, [], common.rank_world()[0] == 0
-    for (title, model, _, tokenizer, head), features in zip(loaded, everything):
-        results, scaled, T = {}, {}, None
-        of_sets = common.set_logits(model, tokenizer, root, features, args, device, head)
-        for images, rows, logits, labels, about in of_sets:
-            results[images.name] = {**about, **common.scores(logits, labels)}
-            if args.temperature:
-                T = fit_temperature(logits, labels) if T is None else T                            # val comes first
-                scaled[images.name] = {**about, **common.scores(logits / T, labels)}
-            confidence, prediction = logits.softmax(1).max(1)
-            if args.plot:
-                outcomes.setdefault(title, {})[images.name] = confidence.numpy(), (prediction == labels).numpy()
-            if args.predictions and main_process:
-                folder = os.path.join(args.predictions, filename(title))
-                paths = [images.path(i) for i in rows.tolist()]
-                os.makedirs(folder, exist_ok=True)
-                with common.replacing(os.path.join(folder, filename(images.name) + ".npz")) as f:
-                    np.savez(f, path=np.array(paths), label=labels.numpy(), prediction=prediction.numpy(),
-                             confidence=confidence.numpy(), classes=np.array(images.classes))
-        columns[title] = common.summary(results, root)
-        if args.wise:
-            run, alpha = title.rsplit(" ", 1)
-            columns[title].update(run=run, alpha=float(alpha))
-        if args.temperature:
-            columns[f"{title} T={T:.3f}"] = {**common.summary(scaled, root), "temperature": T}
-        if args.sigma_min:
-            value = sigma_min(features[0][~features[0][:, 0].isnan()])
-            columns[title]["sigma_min"] = value
-            notes.append(f"sigma_min {value:.3g}   {title}")
-    skipped = {f: None for s in next(iter(columns.values()))["sets"].values() for f in s.get("skipped_files", [])}
-    notes += [f"skipped, not readable: {f}" for f in skipped]
+    groups = {}                                                      # {what decides on val and shifts: names of models}
+    for name in [args.model] if isinstance(args.model, str) else args.model:
+        *_, run = read_run(name)
+        of = run if run and os.path.realpath(run["data"]) == os.path.realpath(args.data) else vars(args)
+        own = ["train", "val"] + ["val_frac", "seed"] * (common.val_folder(args.data, of["val"]) is None)
+        groups.setdefault(json.dumps({k: of[k] for k in own}), []).append(name)
+    columns, outcomes, notes, tables = {}, {}, [], []
+    for key, names in groups.items():
+        root = common.read_root(argparse.Namespace(**{**vars(args), **json.loads(key)}), need_train=False)
+        group = score(names, args, root, device, outcomes, notes)
+        columns.update(group)
+        titles = list(group)                                         # three models fit on 100 columns
+        tables += [common.table({t: group[t] for t in titles[i:i + 3]}) for i in range(0, len(titles), 3)]
 
+    variants = {}                                                    # of runs the mean: plain, by alpha, by temperature
+    for c in columns.values():
+        if "run" in c:
+            variants.setdefault((c.get("alpha"), "temperature" in c), []).append(c)
+    for (alpha, tempered), runs in variants.items():
+        if len(runs) > 1:
+            title = (f"mean of {len(runs)} runs" + (f" {alpha:g}" if alpha is not None else "")
+                     + ", temperature fitted" * tempered)
+            columns[title] = mean_of_runs(runs)
+            tables.append(mean_table(title, columns[title]))
     os.makedirs(args.out, exist_ok=True)
     common.write_json(os.path.join(args.out, "results.json"), columns)
-    if main_process:
-        titles = list(columns)
-        for i in range(0, len(titles), 3):                           # three models fit on 100 columns
-            print(common.table({t: columns[t] for t in titles[i:i + 3]}))
+    if common.rank_world()[0] == 0:
+        print("\n\n".join(tables))
         print("\n".join(notes), end="\n" * bool(notes))
         if args.plot:
-            plot(args.plot, columns, outcomes)
+            plot(args.plot, {t: c for t, c in columns.items() if "runs" not in c}, outcomes)
 
 
 if __name__ == "__main__":

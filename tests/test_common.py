@@ -348,19 +348,37 @@ def test_objectnet(imagenet_like, tmp_path):
         read(imagenet_like, need_train=False, eval=[str(tmp_path / "objectnet-1.0")])
 
 
+def test_imagenets_shifts_by_wnid(imagenet_like, tmp_path):
+    """Sketch and the V2 that circulates with wnids have all classes; -R and -A the subsets that timm lists."""
+    from importlib import resources
+
+    from timm.data import ImageNetInfo
+    wnids = ImageNetInfo().label_names()
+    subset = (resources.files("timm") / "data" / "_info" / "imagenet_r_synsets.txt").read_text().split()
+    for name, classes in (("imagenetv2-matched-frequency", wnids), ("sketch", wnids), ("imagenet-r", subset)):
+        for c in classes:
+            os.makedirs(tmp_path / name / c)
+            Image.new("RGB", (8, 8)).save(tmp_path / name / c / "0.png")
+    v2, sketch, r = read(imagenet_like, need_train=False, eval=[
+        str(tmp_path / name) for name in ("imagenetv2-matched-frequency", "sketch", "imagenet-r")]).shifts
+    for images in (v2, sketch):
+        assert images.columns == [[k] for k in range(1000)] and images.classnames == list(open_clip.IMAGENET_CLASSNAMES)
+    assert len(r.classes) == 200 and [wnids[k] for k, in r.columns] == r.classes == sorted(subset)
+
+
 def test_objectnet_for_other_classes_is_zero_shot(tiny_root, tmp_path):
     write_objectnet(str(tmp_path / "objectnet-1.0"), ["full_sized_towel", "bicycle"], ["Bath towel", "Bicycle"], {})
     images = read(tiny_root, eval=[str(tmp_path / "objectnet-1.0")]).shifts[-1]
     assert images.columns is None and images.classnames == ["Bicycle", "Bath towel"]
 
 
-def test_the_greatest_of_several_columns_counts(tiny_root, clip, monkeypatch):
+def test_the_greatest_of_several_columns_counts(tiny_root, clip, tmp_path):
     """By hand, one image at a time."""
     model, _, preprocess, tokenizer = common.load_model(clip(), "", CPU)
     root = read(tiny_root)
     shift = [s for s in root.shifts if s.name == "few"][0]
     shift.columns, root.shifts = [[1, 0], [3], [4, 2]], [shift]
-    args = types.SimpleNamespace(batch_size=4, workers=0, precision="fp32")
+    args = types.SimpleNamespace(batch_size=4, workers=0, precision="fp32", out=str(tmp_path))
     got = common.evaluate(model, tokenizer, preprocess, root, args, CPU)["sets"]["few"]
     with torch.no_grad():
         head = common.class_head(common.text_embeddings(model, tokenizer, root.classnames, root.templates))
@@ -381,7 +399,7 @@ def test_a_folder_of_image_folders(tiny_root, clip, tmp_path):
                          seed=int(severity))
     root = read(tiny_root, eval=[str(tmp_path / "imagenet-c")])
     model, _, preprocess, tokenizer = common.load_model(clip(), "", CPU)
-    args = types.SimpleNamespace(batch_size=64, workers=0, precision="fp32")
+    args = types.SimpleNamespace(batch_size=64, workers=0, precision="fp32", out=str(tmp_path / "out"))
     got = common.evaluate(model, tokenizer, preprocess, root, args, CPU)
     top1 = {name: s["top1"] for name, s in got["sets"].items()}
     fog = [top1[f"imagenet-c/fog/{i}"] for i in (1, 2, 3)]

@@ -135,6 +135,84 @@ def test_each_image_is_decoded_once_for_all_models(tiny_root, clip, tmp_path, mo
     assert len(got) == 3 and len(seen) == len(set(seen)) == 15 + 9 + 9 + 15
 
 
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory):
+    """DomainBed's layout: three domains of three classes, no val."""
+    from conftest import write_images
+    root = tmp_path_factory.mktemp("domains")
+    for seed, domain in enumerate(("art", "photo", "sketch")):
+        write_images(str(root / domain), ["cat", "dog", "owl"], 10, seed)
+    return root
+
+
+def test_runs_that_left_a_domain_out(domains, clip, tmp_path, capsys):
+    """Each run is scored on its own val and its own left-out domain, and their mean is printed."""
+    own = {}
+    for left_out, *rest in (("art", "photo", "sketch"), ("photo", "art", "sketch"), ("sketch", "art", "photo")):
+        own[left_out] = run(calft, domains, clip(), tmp_path / left_out, "--train", *rest, "--seed", "3", steps=2)
+    capsys.readouterr()
+    got = call(domains, tmp_path / "out", "--model", *(str(tmp_path / d) for d in own))
+    for d in own:
+        mine = got[str(tmp_path / d)]
+        assert list(mine["sets"]) == ["val", d] and mine["sets"]["val"]["n"] == 12
+        for s in mine["sets"]:
+            assert mine["sets"][s]["nll"] == pytest.approx(own[d]["sets"][s]["nll"], rel=1e-4)
+    mean = got["mean of 3 runs"]
+    for k in ("top1", "ece"):
+        for what, values in (("shift", [own[d]["shift_mean"][k] for d in own]), ("val", [own[d]["sets"]["val"][k] for d in own])):
+            entry = mean["shift_mean"] if what == "shift" else mean["sets"]["val"]
+            assert entry[k] == pytest.approx(np.mean(values), abs=1e-6)
+            assert entry[k + "_sd"] == pytest.approx(np.std(values, ddof=1), abs=1e-6)
+    out = capsys.readouterr().out
+    assert out.count("shift mean") == 4 and f"{100 * mean['shift_mean']['top1']:.2f}" in out.split("mean of 3 runs")[1]
+
+
+def test_mean_over_seeds_with_wise_and_temperature(tiny_root, clip, tmp_path):
+    for seed in "01":
+        run(calft, tiny_root, clip(), tmp_path / seed, "--seed", seed, steps=2)
+    got = call(tiny_root, tmp_path / "out", "--model", str(tmp_path / "0"), str(tmp_path / "1"), "--wise", "0", "1",
+               "--temperature", "fit", "--plot", str(tmp_path / "plots"))
+    means = [name for name in got if name.startswith("mean of 2 runs")]
+    assert means == ["mean of 2 runs 0", "mean of 2 runs 0, temperature fitted", "mean of 2 runs 1",
+                     "mean of 2 runs 1, temperature fitted"]
+    assert got[means[0]]["sets"]["sketch"]["top1_sd"] == 0 and set(got[means[0]]["sets"]) == {"val", "few", "sketch", "other"}
+
+
+def test_the_head_is_kept_by_its_content(tiny_root, clip, tmp_path, monkeypatch):
+    """A second evaluation encodes no text; other prompts, weights or a broken file do."""
+    encode, count = common.text_embeddings, []
+    monkeypatch.setattr(common, "text_embeddings", lambda *a: count.append(1) or encode(*a))
+    shutil.copytree(tiny_root, tmp_path / "root")
+
+    def encoded(*flags):
+        count.clear()
+        got = call(tmp_path / "root", tmp_path / "out", *flags)
+        return len(count), got
+    n, first = encoded("--model", clip())
+    assert n == 2 and len(os.listdir(tmp_path / "out" / "heads")) == 2          # training classes, and `other`
+    assert encoded("--model", clip()) == (0, first)
+    assert encoded("--model", clip("resnet"))[0] == 2
+    (tmp_path / "root" / "templates.txt").write_text("a photo of a {}.\n")
+    assert encoded("--model", clip())[0] == 2
+    for file in (tmp_path / "out" / "heads").iterdir():
+        file.write_bytes(file.read_bytes()[:100])
+    shutil.copy(f"{tiny_root}/templates.txt", tmp_path / "root")
+    assert encoded("--model", clip()) == (2, first)
+
+
+def test_bf16_is_near_fp32_on_the_toy(tmp_path):
+    """bf16 moves single images between near ties, so the scores of a set by one image in 540 and more."""
+    import toy
+    toy.build()
+    both = []
+    for precision in ("fp32", "bf16"):
+        evaluate.main(["--out", str(tmp_path / precision), "--precision", precision, "--workers", "2"])
+        both.append(next(iter(results(tmp_path / precision).values()))["sets"])
+    n = sum(s["n"] for s in both[0].values())
+    top1 = [sum(s["top1"] * s["n"] for s in sets.values()) / n for sets in both]
+    assert abs(top1[0] - top1[1]) < 0.003 and all(abs(both[0][s]["nll"] - both[1][s]["nll"]) < 0.01 for s in both[0])
+
+
 # ---- images counted
 
 def test_skip_corrupt_counts_and_lists(tiny_root, clip, tmp_path, capsys):
