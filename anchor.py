@@ -150,7 +150,7 @@ class Pairs(torch.utils.data.Dataset):
 
     def __init__(self, files, where, texts):
         self.files, self.where, self.texts = np.array([os.fsencode(f) for f in files]), where, texts
-        self.labels = np.zeros(len(texts), np.int64)                 # as Images has them, so loaders take both
+        self.labels, self.bad = np.zeros(len(texts), np.int64), []   # as Images has them, so loaders take both
 
     def __len__(self):
         return len(self.texts)
@@ -257,7 +257,7 @@ def retrieved_pairs(pool, images, model, preprocess, args, device):
 
 @common.cli
 def main(argv=None):
-    parser = common.flags(__doc__, out="out/anchor")                 # --data, --model, --batch-size, --seed, ...
+    parser = common.flags(__doc__, out="out/anchor")                 # --data, --model, --batch-size, --accum, ...
     add = parser.add_argument
     # recipe: FLYP's, not verified for ARF
     add("--epochs", type=int, default=10, help="passes over the training images")
@@ -273,10 +273,6 @@ def main(argv=None):
     add("--k", type=int, default=1, help="pairs retrieved for each training image")
     add("--cap", type=float, default=1.0, help="weight of the captions' contrastive loss")
     add("--ret", type=float, default=1.0, help="weight of the retrieved pairs' contrastive loss")
-    # bookkeeping
-    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints")
-    add("--overwrite", action="store_true", help="start anew, whatever --out holds")
 
     device = common.setup()
     args = common.parse(parser, device, argv)
@@ -303,6 +299,7 @@ def main(argv=None):
     tokens = common.prompts(tokenizer, root.classnames, root.templates)            # (K classes, M templates, L tokens)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    common.prepare_towers(model, args)
 
     # a new run, or the one that --out holds
     state, results = common.begin(args, root)
@@ -334,7 +331,7 @@ def main(argv=None):
         if not R:
             raise common.Abort(f"{len(pairs)} retrieved pairs are too few for {world} processes; give a greater --k")
         pair_loader = common.train_loader(pairs, preprocess_train, args, total, device, start, batch_size=R)
-    log = common.Log(args, total, start, "ARF")
+    log = common.Log(args, root.train, total, start, "ARF")
     for step, (images, labels, index, draws), retrieved in zip(range(start, total), loader, pair_loader):
         lr = common.cosine_lr(step, total, args.warmup, args.lr)
         for group in optimizer.param_groups:
@@ -344,20 +341,22 @@ def main(argv=None):
         text = tokens[labels, draws % M]                                                           # (n, L)
 
         with common.autocast(device, args.precision):
-            u, v = common.encode_image(model, images), common.encode_text(model, text)             # (n, d)
+            u = common.encode_image(model, images, args.accum)                                     # (n, d)
+            v = common.encode_text(model, text, args.accum)                                        # (n, d)
         terms = {"contrastive": common.contrastive_loss(u, v, tau)}
         loss = terms["contrastive"]
         if use_cap:                                                  # draws % M gave the template, draws // M gives c
             drawn = [captions[i][d // M % len(captions[i])] for i, d in zip(index.tolist(), draws.tolist())]
             with common.autocast(device, args.precision):
-                c = common.encode_text(model, tokenizer(drawn))                                    # (n, d)
+                c = common.encode_text(model, tokenizer(drawn), args.accum)                    # (n, d)
             terms["captions"] = common.contrastive_loss(u, c, tau)
             loss = loss + args.cap * terms["captions"]
         if use_ret:
             pair_images, _, pair_index, _ = retrieved
             with common.autocast(device, args.precision):
-                a = common.encode_image(model, prepare(pair_images))                               # (r, d)
-                b = common.encode_text(model, tokenizer([pairs.texts[i] for i in pair_index]))     # (r, d)
+                a = common.encode_image(model, prepare(pair_images), args.accum)                   # (r, d)
+                texts = tokenizer([pairs.texts[i] for i in pair_index])                            # (r, L)
+                b = common.encode_text(model, texts, args.accum)                                   # (r, d)
             terms["retrieved"] = common.contrastive_loss(a, b, tau)
             loss = loss + args.ret * terms["retrieved"]
 
@@ -369,12 +368,10 @@ def main(argv=None):
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))              # CLIP's own bound
 
-        saving = (step + 1) % args.save_every == 0 or step + 1 == total
-        log.step(step, lr, {"loss": loss, **terms}, force=saving)
-        if saving:
-            common.save(out("last.pt"), step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict())
-    log.bar.close()
+        if log.step(step, lr, {"loss": loss, **terms}, index):       # every --save-every steps, at the end, on a signal
+            log.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict())
+    log.close()
 
     # export first: whatever evaluation stumbles over, the model is there
     common.export(model, args.model, out("model"))

@@ -87,7 +87,7 @@ def projections(model):
 
 @common.cli
 def main(argv=None):
-    parser = common.flags(__doc__, out="out/calft")                  # --data, --model, --batch-size, --seed, ...
+    parser = common.flags(__doc__, out="out/calft")                  # --data, --model, --batch-size, --accum, ...
     add = parser.add_argument
     # recipe: the released one
     add("--epochs", type=int, default=10, help="passes over the training images")
@@ -100,10 +100,6 @@ def main(argv=None):
     add("--sd", type=float, default=1.5, help="weight of self-distillation; 0: no teacher")
     add("--cross-fnorm", type=float, default=0.05, help="weight of the cross-Frobenius term")
     add("--ema-every", type=int, default=500, help="steps between updates of the teacher")
-    # bookkeeping
-    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints")
-    add("--overwrite", action="store_true", help="start anew, whatever --out holds")
 
     device = common.setup()
     args = common.parse(parser, device, argv)
@@ -122,6 +118,9 @@ def main(argv=None):
     teacher = copy.deepcopy(model).requires_grad_(False) if args.sd else None
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    common.prepare_towers(model, args)
+    if teacher:
+        common.prepare_towers(teacher, args)
 
     # a new run, or the one that --out holds
     state, results = common.begin(args, root)
@@ -143,8 +142,8 @@ def main(argv=None):
     # the loop; n of the N images of a batch are this process's own (without torchrun: all)
     prepare = common.to_input(model, device)
     loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
-    log = common.Log(args, total, start, "CaRot")
-    for step, (images, labels, _, draws) in zip(range(start, total), loader):
+    log = common.Log(args, root.train, total, start, "CaRot")
+    for step, (images, labels, index, draws) in zip(range(start, total), loader):
         lr = common.cosine_lr(step, total, args.warmup, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -152,7 +151,8 @@ def main(argv=None):
         text = tokens[labels, draws % len(root.templates)]                                         # (n, L)
 
         with common.autocast(device, args.precision):
-            u, v = common.encode_image(model, images), common.encode_text(model, text)             # (n, d)
+            u = common.encode_image(model, images, args.accum)                                     # (n, d)
+            v = common.encode_text(model, text, args.accum)                                        # (n, d)
         S = common.similarity(u, v, model.logit_scale.exp())                                       # (N, N)
         terms = {"contrastive": common.clip_loss(S)}
         loss = terms["contrastive"]
@@ -162,8 +162,9 @@ def main(argv=None):
             terms["orthogonality"] = orthogonality(W_v)
             loss = loss + args.oc * terms["orthogonality"]
         if args.sd and step > 0:                                     # at step 0 the teacher is the model: no gradient
-            with torch.no_grad(), common.autocast(device, args.precision):
-                u_ema, v_ema = common.encode_image(teacher, images), common.encode_text(teacher, text)      # (n, d)
+            with torch.inference_mode(), common.autocast(device, args.precision):
+                u_ema = common.encode_image(teacher, images, args.accum)                           # (n, d)
+                v_ema = common.encode_text(teacher, text, args.accum)                              # (n, d)
             S_ema = common.similarity(u_ema, v_ema, teacher.logit_scale.exp())                     # (N, N)
             terms["self_distillation"] = self_distillation(S, S_ema)
             loss = loss + args.sd * terms["self_distillation"]
@@ -181,12 +182,10 @@ def main(argv=None):
         if args.sd and step % args.ema_every == 0:
             update_teacher(teacher, model, ema_momentum(step, total))
 
-        saving = (step + 1) % args.save_every == 0 or step + 1 == total
-        log.step(step, lr, {"loss": loss, **terms}, force=saving)
-        if saving:
-            common.save(out("last.pt"), step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        scaler=scaler.state_dict(), teacher=teacher.state_dict() if teacher else {})
-    log.bar.close()
+        if log.step(step, lr, {"loss": loss, **terms}, index):       # every --save-every steps, at the end, on a signal
+            log.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
+                     scaler=scaler.state_dict(), teacher=teacher.state_dict() if teacher else {})
+    log.close()
 
     # export first: whatever evaluation stumbles over, the model is there. The teacher is exported, not evaluated
     common.export(model, args.model, out("model"))

@@ -52,7 +52,7 @@ def context_kl(zero_shot_logits, logits):
 
 @common.cli
 def main(argv=None):
-    parser = common.flags(__doc__, out="out/carft")                  # --data, --model, --batch-size, --seed, ...
+    parser = common.flags(__doc__, out="out/carft")                  # --data, --model, --batch-size, --accum, ...
     add = parser.add_argument
     # recipe: FLYP's, not verified for CAR-FT
     add("--epochs", type=int, default=10, help="passes over the training images")
@@ -63,10 +63,6 @@ def main(argv=None):
     # CAR-FT
     add("--lam", type=float, default=1.0, help="weight of the context term; 0: plain fine-tuning")
     add("--reverse-kl", action="store_true", help="KL(p || p0) instead of KL(p0 || p)")
-    # bookkeeping
-    add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
-    add("--save-every", type=int, default=1000, help="steps between checkpoints")
-    add("--overwrite", action="store_true", help="start anew, whatever --out holds")
 
     device = common.setup()
     args = common.parse(parser, device, argv)
@@ -90,6 +86,9 @@ def main(argv=None):
     trained = [*model.visual.parameters(), W_cls]
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.wd, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    common.prepare_towers(model, args)
+    if untuned:
+        common.prepare_towers(untuned, args)
 
     # a new run, or the one that --out holds
     state, results = common.begin(args, root)
@@ -111,20 +110,20 @@ def main(argv=None):
     # the loop; n of the N images of a batch are this process's own (without torchrun: all)
     prepare = common.to_input(model, device)
     loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
-    log = common.Log(args, total, start, "CAR-FT")
-    for step, (images, labels, _, _) in zip(range(start, total), loader):
+    log = common.Log(args, root.train, total, start, "CAR-FT")
+    for step, (images, labels, index, _) in zip(range(start, total), loader):
         lr = common.cosine_lr(step, total, args.warmup, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         images, y = prepare(images), labels.to(device, non_blocking=True)                          # (n, 3, H, W), (n,)
 
         with common.autocast(device, args.precision):
-            u = common.encode_image(model, images)                                                 # (n, d)
+            u = common.encode_image(model, images, args.accum)                                     # (n, d)
         terms = {"cross_entropy": F.cross_entropy(tau * u @ W_cls.T, y)}
         loss = terms["cross_entropy"]
         if args.lam:
-            with torch.no_grad(), common.autocast(device, args.precision):
-                u0 = common.encode_image(untuned, images)                                          # (n, d)
+            with torch.inference_mode(), common.autocast(device, args.precision):
+                u0 = common.encode_image(untuned, images, args.accum)                              # (n, d)
             logits0, logits = tau * u0 @ W_ctx.T, tau * u @ W_ctx.T                                # (n, M)
             terms["context_kl"] = context_kl(logits, logits0) if args.reverse_kl else context_kl(logits0, logits)
             loss = loss + args.lam * terms["context_kl"]
@@ -135,12 +134,10 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
 
-        saving = (step + 1) % args.save_every == 0 or step + 1 == total
-        log.step(step, lr, {"loss": loss, **terms}, force=saving)
-        if saving:
-            common.save(out("last.pt"), step=step + 1, visual=model.visual.state_dict(), W_cls=W_cls.data,
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    log.bar.close()
+        if log.step(step, lr, {"loss": loss, **terms}, index):       # every --save-every steps, at the end, on a signal
+            log.save(step=step + 1, visual=model.visual.state_dict(), W_cls=W_cls.data,
+                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    log.close()
 
     # export first: whatever evaluation stumbles over, the model is there
     common.export(model, args.model, out("model"))

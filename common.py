@@ -8,6 +8,7 @@ Shapes: N images in the global batch, K classes, M templates, L tokens, d featur
 import argparse
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -15,7 +16,9 @@ import io
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -29,6 +32,7 @@ import torchvision
 from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torch.utils.checkpoint import checkpoint
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
@@ -58,18 +62,47 @@ def cli(main):
         except OSError as e:                                         # no space, no permission: the system's words
             tqdm.write(f"error: {e}", file=sys.stderr)
             sys.exit(1)
+        except torch.cuda.OutOfMemoryError as e:
+            tqdm.write(f"error: {str(e).splitlines()[0]} Give --accum 2 (or 4, 8, ...: 1/2, 1/4, 1/8 of the memory for "
+                       "activations, the same gradients), --grad-checkpointing, or a smaller --batch-size", sys.stderr)
+            sys.exit(1)
         except KeyboardInterrupt:
             tqdm.write("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
             sys.exit(130)
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            at_exit.close()
     return wrapped
+
+
+at_exit = contextlib.ExitStack()                                     # the lock of --out, signal handlers, processes
+
+
+@contextlib.contextmanager
+def saying(what):
+    """Prints what is being done if it takes longer than two seconds; by the first process only."""
+    timer = threading.Timer(2, lambda: tqdm.write(f"{what} ...", file=sys.stderr))
+    timer.daemon = True
+    if rank_world()[0] == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def on_signal(number, _):
+    """SIGTERM or SIGUSR1, as schedulers send before they kill: in the loop the step's end saves and leaves (Log)."""
+    if not Log.in_loop:
+        raise Abort(f"{signal.Signals(number).name}: stopped; the same command continues", PREEMPTED)
+    Log.asked = number
+
+
+PREEMPTED = 75                                                       # exit code of a run that a signal ended
 
 
 # ---- flags ---------------------------------------------------------------------------------------------------------
 
-def flags(doc, out):
+def flags(doc, out, training=True):
     """An ArgumentParser with the flags that all scripts share; `doc` is the script's docstring, `out` its folder."""
     parser = argparse.ArgumentParser(description=doc, conflict_handler="resolve",
                                      formatter_class=lambda prog: _Help(prog, max_help_position=26, width=110))
@@ -89,6 +122,15 @@ def flags(doc, out):
     add("--precision", choices=["fp32", "bf16", "fp16"], help="of the towers in training; bf16 or fp16 on CUDA, else "
         "fp32. Scores are always computed in fp32")
     add("--seed", type=int, default=0, help="of all randomness")
+    if training:
+        add("--accum", type=int, default=1, metavar="N", help="compute a batch in N chunks: 1/N of the memory for "
+            "activations, the gradients of the whole batch for every term, a second forward pass")
+        add("--grad-checkpointing", action="store_true", help="recompute activations block by block: less memory")
+        add("--compile", action="store_true", help="torch.compile the towers")
+        add("--log-every", type=int, default=50, help="steps between lines of log.jsonl")
+        add("--save-every", type=int, default=1000, help="steps between checkpoints")
+        add("--no-resume", action="store_true", help="start this run anew instead of continuing it")
+        add("--overwrite", action="store_true", help="start anew, whatever --out holds")
     return parser
 
 
@@ -120,7 +162,8 @@ def parse(parser, device, argv=None):
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{k: v for k, v in toy.defaults().items() if k in known})
         args = parser.parse_args(argv)
-    for name in ("batch_size", "epochs", "max_steps", "log_every", "save_every", "ema_every", "k", "workers", "seed"):
+    for name in ("batch_size", "epochs", "max_steps", "log_every", "save_every", "ema_every", "k", "workers",
+                 "seed", "accum"):
         value, least = getattr(args, name, None), 0 if name in ("workers", "seed") else 1
         if value is not None and value < least:
             raise Abort(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
@@ -132,8 +175,10 @@ def parse(parser, device, argv=None):
     args.data = f"{name}:{folder}" if name else os.path.abspath(folder)
     if not 0 < args.val_frac < 1:
         raise Abort(f"--val-frac must lie between 0 and 1, not {args.val_frac}")
-    if args.batch_size % rank_world()[1]:
-        raise Abort(f"--batch-size {args.batch_size} does not divide by the {rank_world()[1]} processes of torchrun")
+    world, accum = rank_world()[1], getattr(args, "accum", 1)
+    if args.batch_size % (world * accum):
+        raise Abort(f"--batch-size {args.batch_size} does not divide by " + " times ".join(
+            [f"the {world} processes of torchrun"] * (world > 1) + [f"--accum {accum}"] * (accum > 1)))
     if args.precision is None:
         args.precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     return args
@@ -151,6 +196,7 @@ def setup():
         device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        at_exit.callback(dist.destroy_process_group)
     return device
 
 
@@ -200,6 +246,7 @@ def average_gradients(parameters):
 
 # ---- models --------------------------------------------------------------------------------------------------------
 
+@saying("loading the model")
 def load_model(name, pretrained, device):
     """An open_clip model in float32 and eval mode, the transforms of its images, and its tokenizer.
 
@@ -224,6 +271,8 @@ def load_model(name, pretrained, device):
     except Exception as e:                                 # no network, a truncated or foreign file: open_clip's words
         raise Abort(f"--model {name} --pretrained {pretrained or repr('')} could not be loaded: "
                     f"{' '.join(str(e).split())[:300]}", code=1)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise Abort(f"--model {name} --pretrained {pretrained}: its weights are not finite numbers", code=1)
     # eval mode for good: BatchNorm keeps its pretrained statistics (released CLIP-ResNet code updates them) and
     # stochastic depth is off, so that a step does not depend on how the batch is cut
     model.eval()
@@ -264,23 +313,53 @@ def to_input(model, device):
     return lambda images: (images.to(device, non_blocking=True).float() / 255 - mean) / std
 
 
-def encode_image(model, images):
-    """Normalised images (N, 3, S, S) -> L2-normalised features (N, d), float32."""
-    return F.normalize(model.encode_image(images).float(), dim=-1)
+def prepare_towers(model, args):
+    """--grad-checkpointing and --compile, in place; the names of the weights stay. Raises Abort."""
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+        if not any(getattr(m, "grad_checkpointing", False) for m in model.visual.modules()):
+            raise Abort(f"--grad-checkpointing: the image tower of --model {args.model} has none; give --accum instead")
+    if args.compile:
+        model.visual.compile()
+        getattr(model, "text", model).transformer.compile()
 
 
-def encode_text(model, tokens):
-    """Tokens (N, L) -> L2-normalised features (N, d), float32.
+def _in_chunks(encode, model, x, accum):
+    """encode(model, x) in `accum` chunks, for the gradient of the whole batch at 1/accum of its activations.
+
+    The forward pass keeps features only, so a loss may compare all of them; the backward pass computes chunk by chunk
+    again, each with the gradient that its features got (GradCache, Gao et al., 2021).
+    """
+    return torch.cat([checkpoint(encode, model, chunk, use_reentrant=False, preserve_rng_state=False)
+                      for chunk in x.chunk(accum)])
+
+
+def normalize(x):
+    """L2-normalised rows of x (N, d), in float32, or float64 if x is."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def encode_image(model, images, accum=1):
+    """Normalised images (N, 3, S, S) -> L2-normalised features (N, d), float32; in `accum` chunks (_in_chunks)."""
+    if accum > 1:
+        return _in_chunks(encode_image, model, images, accum)
+    return normalize(model.encode_image(images))
+
+
+def encode_text(model, tokens, accum=1):
+    """Tokens (N, L) -> L2-normalised features (N, d), float32; in `accum` chunks (_in_chunks).
 
     A causal tower pooled at the end-of-text token never looks behind it, so the batch is cut at its longest prompt:
     the features are open_clip's, at a fraction of the work. Other towers run at full length. Tokens best come from
     the CPU: finding the longest prompt on a GPU would wait for it.
     """
+    if accum > 1:
+        return _in_chunks(encode_text, model, tokens, accum)
     text = getattr(model, "text", model)                             # CustomTextCLIP keeps its tower in .text
     pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
     causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
     if not causal or pool != "argmax":
-        return F.normalize(model.encode_text(tokens.to(model.logit_scale.device)).float(), dim=-1)
+        return normalize(model.encode_text(tokens.to(model.logit_scale.device)))
     end = tokens.argmax(-1)                                          # the end-of-text token has the highest number
     L = int(end.max()) + 1
     tokens, end = (t.to(model.logit_scale.device, non_blocking=True) for t in (tokens[:, :L], end))
@@ -291,7 +370,7 @@ def encode_text(model, tokens):
         x = text.text_projection(x)
     elif text.text_projection is not None:
         x = x @ text.text_projection
-    return F.normalize(x.float(), dim=-1)                                                          # (N, d)
+    return normalize(x)                                                                            # (N, d)
 
 
 def write_tensors(path, tensors, **metadata):
@@ -339,11 +418,17 @@ def prompt_texts(classnames, templates):
     return [t(c) if callable(t) else t.replace("{}", c) for c in classnames for t in templates]
 
 
+@saying("tokenising the prompts")
 def prompts(tokenizer, classnames, templates):
     """Every class name in every template as tokens, (K, M, L) long."""
-    return tokenizer(prompt_texts(classnames, templates)).view(len(classnames), len(templates), -1)
+    tokens = tokenizer(prompt_texts(classnames, templates))                                        # (K*M, L)
+    cut = int((tokens.argmax(-1) == tokens.shape[1] - 1).sum())
+    if cut and rank_world()[0] == 0:
+        print(f"warning: {cut} prompts fill all {tokens.shape[1]} tokens; what is beyond them is cut off")
+    return tokens.view(len(classnames), len(templates), -1)
 
 
+@saying("encoding the prompts of a zero-shot head")
 @torch.no_grad()
 def text_embeddings(model, tokenizer, classnames, templates):
     """Text features of every class in every template, (K, M, d), each L2-normalised."""
@@ -391,6 +476,7 @@ class Images(torch.utils.data.Dataset):
     def __init__(self, name, base, files, labels, classes, classnames=None, columns=None, pixels={}):
         self.name, self.base, self.classes, self.classnames, self.columns = name, base, classes, classnames, columns
         self.border, self.group, self.templates, self.pixels = 0, None, None, pixels
+        self.bad = []                                                # what training said of those it could not read
         # one block of bytes, which workers share
         self.files = files if isinstance(files, np.ndarray) else np.array([os.fsencode(f) for f in files])
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -619,11 +705,12 @@ def _eval_sets(path, root, classnames_root, name=None):
 
 
 def val_folder(data, val):
-    """Where val is, for --data and --val: --val, ROOT/val, NAME:FOLDER itself; None: held out of the training images."""
+    """Where val is, by --data and --val: --val, ROOT/val, NAME:FOLDER itself; None: held out of the training images."""
     own, base = _split_name(data)
     return val or (data if own and SETS[own][1][1] else "val" if not own and os.path.isdir(f"{base}/val") else None)
 
 
+@saying("reading the image folders")
 def read_root(args, need_train=True):
     """Read --data, --train, --val, --val-frac and --eval into a Root. Raises Abort for what does not fit together.
 
@@ -738,22 +825,30 @@ def decode(data, name):
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """Items (epoch, i) of Images: crop uint8 (3, S, S), label, i, and a random number for the script's own draws.
+    """Items (epoch, i) of Images: crop uint8 (3, S, S), label, i, a random number for the script's own draws, and "".
 
-    Crop and number are functions of (seed, epoch, i) alone: not of workers, ranks, or a resume.
+    All are functions of (seed, epoch, i) alone: not of workers, ranks, or a resume. In place of an image that cannot be
+    read another one is drawn, and instead of "" stands why.
     """
 
     def __init__(self, images, preprocess, seed):
         self.images, self.preprocess, self.seed = images, preprocess, seed
 
     def __getitem__(self, item):
-        epoch, i = item
-        image = self.images.read(i)
+        (epoch, i), error = item, ""
         state = np.random.SeedSequence([self.seed, epoch, i]).generate_state(2, np.uint32)
+        for other in np.random.default_rng(state).integers(len(self.images), size=20):
+            try:
+                image = self.images.read(i)
+                break
+            except Abort as e:
+                error, i = error or str(e), int(other)
+        else:
+            raise Abort(f"{error}; nor can 19 others", code=1)
         with torch.random.fork_rng(devices=[]):                      # transforms.v2 draws from the global generator
             torch.manual_seed(int(state[0]))
             image = self.preprocess(image)
-        return image, int(self.images.labels[i]), i, int(state[1])
+        return image, int(self.images.labels[i]), i, int(state[1]), error
 
 
 class Batches:
@@ -780,10 +875,28 @@ class Batches:
 
 
 def train_loader(images, preprocess, args, steps, device, start=0, batch_size=None):
-    """Batches of (images uint8 (n, 3, S, S), labels (n,), indices (n,), draws (n,)) for steps start..steps-1."""
-    return torch.utils.data.DataLoader(
+    """Batches of (images uint8 (n, 3, S, S), labels (n,), indices (n,), draws (n,)) for steps start..steps-1.
+
+    Images that cannot be read are named once, in images.bad too. Raises Abort where they are over 1 %.
+    """
+    loader = torch.utils.data.DataLoader(
         TrainImages(images, preprocess, args.seed), num_workers=args.workers, pin_memory=device.type == "cuda",
-        batch_sampler=Batches(len(images), batch_size or args.batch_size, steps, args.seed, start))
+        batch_sampler=Batches(len(images), batch_size or args.batch_size, steps, args.seed, start),
+        worker_init_fn=_worker)
+    for *batch, errors in loader:
+        for error in set(errors) - {"", *images.bad}:
+            images.bad.append(error)
+            tqdm.write(f"warning: {error}; another image takes its place", file=sys.stderr)
+        if len(images.bad) > 0.01 * len(images):
+            raise Abort(f"{len(images.bad)} of {len(images)} images to train on cannot be read, which is over 1 %; the "
+                        f"first: {images.bad[0]}", code=1)
+        yield batch
+
+
+def _worker(_):
+    """Workers leave with their process, not by the signals that it is sent."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def total_steps(args, n):
@@ -892,27 +1005,31 @@ def evaluate(model, tokenizer, preprocess, root, args, device, head=None, title=
     """
     features, = image_features([model], [preprocess], [root.val, *root.shifts], args, device, title)
     results = {}
-    for images, _, logits, labels, about in set_logits(model, tokenizer, root, features, args, device, head):
+    for images, _, logits, labels, about in set_logits(model, tokenizer, root, features, device, head):
         results[images.name] = {**about, **scores(logits, labels)}
     return summary(results, root)
 
 
 @torch.no_grad()
-def set_logits(model, tokenizer, root, features, args, device, head=None, precision="fp32"):
+def set_logits(model, tokenizer, root, features, device, head=None, precision="fp32", keep=None):
     """For every set: its Images, the rows (n,) of them that could be read (features, of every set, not NaN), their
     logits (n, K) times tau, their labels (n,), and what the results say of the set beside its scores.
 
+    keep: a folder in which zero-shot heads are kept, by the content of what made them.
     Kinds of head: "all" training classes, a "subset" of them, or "zero-shot": its own, as a class was not trained on.
     """
-    weights = sha256(model, precision, *(w for k, w in model.state_dict().items() if not k.startswith("visual.")))
+    texts = [w for k, w in model.state_dict().items() if not k.startswith("visual.")]
+    weights = sha256(model, precision, *texts) if keep else None
 
     @functools.lru_cache(None)
-    def zero_shot(names, templates):                                 # (K, d); in --out it is kept by its content
+    def zero_shot(names, templates):                                 # (K, d)
         def make():
             with autocast(device, precision):
                 return class_head(text_embeddings(model, tokenizer, names, templates)).float().cpu()
+        if keep is None:
+            return make()
         digest = sha256(weights, *prompt_texts(names, templates))
-        return cached(os.path.join(args.out, "heads", digest[:16] + ".safetensors"), digest, make)
+        return cached(os.path.join(keep, digest[:16] + ".safetensors"), digest, make)
     tau = model.logit_scale.exp().float().cpu()
     for images, u in zip([root.val, *root.shifts], features):
         corrupt, rows = u[:, 0].isnan().nonzero().squeeze(1).tolist(), (~u[:, 0].isnan()).nonzero().squeeze(1)
@@ -996,11 +1113,17 @@ def cosine_lr(step, total, warmup, peak):
 @contextlib.contextmanager
 def replacing(path):
     """A binary file to write in place of `path`: the old one stays until the new one is on disk, whole."""
-    with open(path + ".tmp", "wb") as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:                             # torch.save has a RuntimeError for a full disk
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        old = "; the one from before is kept" if os.path.exists(path) else ""
+        raise Abort(f"{path} could not be written ({' '.join(str(e).split())[:200]}){old}", code=1)
 
 
 def write_json(path, data):
@@ -1018,35 +1141,64 @@ def read_json(path):
         raise Abort(f"{path} is not JSON ({e}); remove it to begin anew")
 
 
-def save(path, **state):
-    """Write a checkpoint, atomically; by the first process only."""
-    if rank_world()[0] == 0:
-        with replacing(path) as f:
-            torch.save(state, f)
-
-
 class Log:
-    """The progress bar and log.jsonl of a run."""
+    """A run's progress bar, its log.jsonl and its checkpoints; it stops a run that went wrong or was told to stop."""
 
-    def __init__(self, args, total, start, title):
-        self.args, self.since, self.clock = args, start, time.perf_counter()
+    in_loop, asked = False, 0                                        # `asked`: the signal that came, see on_signal
+
+    def __init__(self, args, images, total, start, title):
+        self.args, self.images, self.total, self.since, self.clock = args, images, total, start, time.perf_counter()
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=rank_world()[0] != 0)
+        self.pending, self.stop = None, 0
+        Log.in_loop, Log.asked = True, 0
 
-    def step(self, step, lr, terms, force=False):
-        """Log every --log-every steps, and with `force`: the one place in a step that waits for the device.
+    def step(self, step, lr, terms, rows):
+        """Ends a step: logs it every --log-every steps, and returns whether to save.
 
-        terms: {name: scalar tensor}, "loss" among them; their mean over the processes is logged. Raises Abort (code 1)
-        for a loss that is not finite.
+        terms: {name: scalar tensor}, "loss" among them; their mean over the processes is logged. rows (n,): the batch.
+        Two flags, "the loss is not finite" and "a signal came", are shared by all processes and read one step late, so
+        that no step waits for the device; before a save, and where a line is logged, they are read at once.
+        Raises Abort (code 1) for a loss that is not finite.
         """
         self.bar.update()
-        if not force and step % self.args.log_every:
-            return
-        values = torch.stack([t.detach().float() for t in terms.values()])
+        loss, last = terms["loss"].detach(), step + 1 == self.total
+        flags = torch.stack([(~loss.isfinite()).float(), torch.full_like(loss, Log.asked, dtype=torch.float32)])
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        host = torch.empty(2, pin_memory=loss.is_cuda).copy_(flags, non_blocking=True)
+        event = torch.cuda.Event() if loss.is_cuda else None
+        if event:
+            event.record()
+        late, self.pending = self.pending, (host, event, step, rows)
+        logging = last or step % self.args.log_every == 0
+        saving = last or (step + 1) % self.args.save_every == 0
+        for flag in [late] * (late is not None) + [self.pending] * (logging or saving):
+            self._look(*flag)
+        if logging:
+            self._write(step, lr, terms)
+        return saving or bool(self.stop)
+
+    def _look(self, host, event, step, rows):
+        if event:
+            event.synchronize()
+        wrong, self.stop = host.tolist()
+        if wrong:
+            path = os.path.join(self.args.out, "nonfinite.txt")
+            files = [self.images.path(i) for i in rows.tolist()]
+            with open(path, "a", encoding="utf-8", errors="surrogateescape") as f:
+                f.write("\n".join([f"step {step}, process {rank_world()[0]}", *files]) + "\n")
+            raise Abort(f"the loss is not finite at step {step}; {self.args.out} keeps the last good checkpoint. The "
+                        f"batch's images are listed in {path}: {', '.join(files[:2])}, ...", code=1)
+
+    def _write(self, step, lr, terms):
+        values = torch.stack([t.detach().float() for t in terms.values()]
+                             + [torch.tensor(float(len(self.images.bad)), device=terms["loss"].device)])
         if dist.is_initialized():
             dist.all_reduce(values)
-        line = {"step": step, **dict(zip(terms, (values / rank_world()[1]).tolist())), "lr": lr}
-        if not math.isfinite(line["loss"]):
-            raise Abort(f"the loss is {line['loss']} at step {step}; {self.args.out} keeps the last good checkpoint", 1)
+        world, (*values, bad) = rank_world()[1], values.tolist()
+        line = {"step": step, **{name: value / world for name, value in zip(terms, values)}, "lr": lr}
+        if bad:
+            line["unreadable"] = int(bad)
         now = time.perf_counter()
         line["images_per_s"] = round(self.args.batch_size * (step + 1 - self.since) / (now - self.clock), 1)
         self.since, self.clock = step + 1, now
@@ -1055,17 +1207,56 @@ class Log:
             with open(os.path.join(self.args.out, "log.jsonl"), "a") as f:
                 f.write(json.dumps(line) + "\n")
 
+    def save(self, **state):
+        """Write last.pt, atomically, by the first process; then leave if a signal asked for it. Raises Abort."""
+        if rank_world()[0] == 0:
+            if not all(t.isfinite().all() for t in _tensors(state)):
+                raise Abort(f"weights are not finite after step {state['step'] - 1}; {self.args.out} keeps the last "
+                            "good checkpoint", code=1)
+            with replacing(os.path.join(self.args.out, "last.pt")) as f:
+                torch.save({**state, "bad": self.images.bad}, f)
+        if self.stop:
+            self.close()
+            raise Abort(f"{signal.Signals(int(self.stop)).name}: saved after step {state['step'] - 1}; the same "
+                        "command continues", PREEMPTED)
+
+    def close(self):
+        self.bar.close()
+        Log.in_loop = False
+
+
+def _tensors(state):
+    """All floating point tensors in nested dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return [state] if state.is_floating_point() else []
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
+    return [tensor for x in inner for tensor in _tensors(x)]
+
 
 def begin(args, root):
     """Open --out: the state (last.pt, or None) and the results of the run of the same flags that it holds, if any.
 
-    Flags that do not change a run may differ; any other difference, and other images, are refused unless --overwrite.
+    Flags that do not change a run may differ; any other difference, and other images, are refused unless --overwrite;
+    so is an --out in which another process is at work.
     """
+    Log.in_loop = False
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        at_exit.callback(signal.signal, number, signal.signal(number, on_signal))
+    if rank_world()[0] == 0:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            lock = at_exit.enter_context(open(os.path.join(args.out, ".lock"), "w"))
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)         # goes with the process, however that ends
+        except BlockingIOError:
+            raise Abort(f"--out {args.out}: another run is at work there; wait for it, or give another --out")
+        except OSError as e:
+            raise Abort(f"--out {args.out} cannot be written to ({e.strerror})")
     images = hashlib.sha256()                                        # names, not pixels
     for s in (root.train, root.val, *root.shifts):
         images.update(f"{s.name} {len(s)} ".encode("utf-8", "surrogateescape") + s.files.tobytes())
     flags = {**json.loads(json.dumps(vars(args))), "images": images.hexdigest()[:16]}
-    free = {"out", "workers", "log_every", "save_every", "overwrite"}
+    free = {"out", "workers", "log_every", "save_every", "no_resume", "overwrite",
+            "accum", "compile", "grad_checkpointing"}                # these three change a run by rounding only
     path, last, log, done = [os.path.join(args.out, f) for f in ("args.json", "last.pt", "log.jsonl", "results.json")]
     main_process, state, results = rank_world()[0] == 0, None, {}
     began = os.path.isfile(last) or os.path.isfile(log)              # a run that failed before its first step did not
@@ -1081,21 +1272,23 @@ def begin(args, root):
             raise Abort(f"--out {args.out} holds a run with other flags ("
                         + ", ".join(f"--{k.replace('_', '-')} {old[k]}" for k in changed if k != "images")
                         + "); give another --out, or --overwrite")
-        if os.path.isfile(done):
+        if os.path.isfile(done) and not args.no_resume:
             results = read_json(done)
-        if os.path.isfile(last):
+        if os.path.isfile(last) and not args.no_resume:
             try:
                 state = torch.load(last, map_location="cpu", weights_only=True)
             except Exception as e:                                   # torch raises half a dozen kinds
                 raise Abort(f"{last} cannot be read as a checkpoint ({type(e).__name__}); remove it to begin anew")
-        if main_process:
+            if not isinstance(state, dict) or not {"step", "optimizer", "scaler", "bad"} <= set(state):
+                raise Abort(f"{last} is not a checkpoint of this script; remove it to begin anew")
+            root.train.bad[:] = state["bad"]
+        if main_process and not args.no_resume:
             print(f"{args.out} holds this run: " + ("finished" if "sets" in results else
                                                     f"continuing at step {state['step'] if state else 0}"))
     elif not args.overwrite and not os.path.isfile(path) and any(
             os.path.exists(f) for f in (last, log, done, os.path.join(args.out, "model"))):
         raise Abort(f"--out {args.out} holds files that are not this script's; give another --out, or --overwrite")
-    elif main_process:
-        os.makedirs(args.out, exist_ok=True)
+    if main_process and state is None and not results:
         for f in (last, log, done):
             if os.path.isfile(f):
                 os.remove(f)

@@ -163,7 +163,8 @@ def score(names, args, root, device, outcomes, notes):
     columns = {}
     for (title, model, _, tokenizer, head, of_run), features in zip(loaded, everything):
         results, scaled, T = {}, {}, None
-        of_sets = common.set_logits(model, tokenizer, root, features, args, device, head, args.precision)
+        of_sets = common.set_logits(model, tokenizer, root, features, device, head, args.precision,
+                                    keep=os.path.join(args.out, "heads"))
         for images, rows, logits, labels, about in of_sets:
             results[images.name] = {**about, **common.scores(logits, labels)}
             if args.temperature:
@@ -212,7 +213,7 @@ def mean_table(title, mean):
 
 @common.cli
 def main(argv=None):
-    parser = common.flags(__doc__, out="out/evaluate")
+    parser = common.flags(__doc__, out="out/evaluate", training=False)
     parser.set_defaults(batch_size=256, precision="fp32")
     add = parser.add_argument
     add("--precision", choices=["fp32", "bf16", "fp16"], help="of the towers; bf16 is faster on a GPU, and decides "

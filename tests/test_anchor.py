@@ -339,7 +339,8 @@ def test_zeros(tiny_root, clip, captions, pool, tmp_path, capsys):
 
 def test_no_image_is_encoded_twice(tiny_root, clip, captions, pool, tmp_path, monkeypatch):
     counts, encode_image = [], common.encode_image
-    monkeypatch.setattr(common, "encode_image", lambda m, x: counts.append((len(x), torch.is_grad_enabled())) or encode_image(m, x))
+    monkeypatch.setattr(common, "encode_image", lambda m, x, *a: counts.append(
+        (len(x), torch.is_grad_enabled())) or encode_image(m, x, *a))
     run(anchor, tiny_root, clip(), tmp_path / "out", "--captions", captions, "--pool", pool, steps=3)
     trained = [n for n, grad in counts if grad]
     assert len(trained) == 6 and trained[0::2] == [8, 8, 8]     # a batch and a retrieved batch a step

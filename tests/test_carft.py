@@ -100,7 +100,7 @@ def test_the_text_tower_is_not_carried(tiny_root, clip, tmp_path):
 
 def test_lam_0_is_plain_fine_tuning_and_skips_the_frozen_tower(tiny_root, clip, tmp_path, monkeypatch):
     seen, encode_image = [], common.encode_image
-    monkeypatch.setattr(common, "encode_image", lambda m, x: seen.append(m) or encode_image(m, x))
+    monkeypatch.setattr(common, "encode_image", lambda m, x, *a: seen.append(m) or encode_image(m, x, *a))
     run(carft, tiny_root, clip(), tmp_path / "out", "--lam", "0")
     assert all(m is seen[0] for m in seen)
     assert all(line["loss"] == line["cross_entropy"] and "context_kl" not in line for line in log(tmp_path / "out"))
@@ -110,7 +110,8 @@ def test_one_image_forward_and_one_frozen(tiny_root, clip, tmp_path, monkeypatch
     """The floor of a step: five steps more cost five forwards with gradient, five without, and no text."""
     texts, images, encode_text, encode_image = [], [], common.encode_text, common.encode_image
     monkeypatch.setattr(common, "encode_text", lambda m, t: texts.append(len(t)) or encode_text(m, t))
-    monkeypatch.setattr(common, "encode_image", lambda m, x: images.append(torch.is_grad_enabled()) or encode_image(m, x))
+    monkeypatch.setattr(common, "encode_image", lambda m, x, *a: images.append(
+        torch.is_grad_enabled()) or encode_image(m, x, *a))
     counts = []
     for steps in (1, 6):
         run(carft, tiny_root, clip(), tmp_path / str(steps), steps=steps)
