@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 
 import numpy as np
 import open_clip
@@ -167,10 +168,10 @@ def parse(parser, device, argv=None):
         value, least = getattr(args, name, None), 0 if name in ("workers", "seed") else 1
         if value is not None and value < least:
             raise Abort(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    for name in ("lr", "warmup", "wd"):
+    for name in ("lr", "warmup", "wd", "oc", "sd", "cross_fnorm", "lam", "cap", "ret"):
         value = getattr(args, name, 0)
         if not 0 <= value < math.inf:
-            raise Abort(f"--{name} must be a finite number and at least 0, not {value}")
+            raise Abort(f"--{name.replace('_', '-')} must be a finite number and at least 0, not {value}")
     name, folder = _split_name(args.data)
     args.data = f"{name}:{folder}" if name else os.path.abspath(folder)
     if not 0 < args.val_frac < 1:
@@ -619,7 +620,12 @@ def _classnames(classes, root):
                 folder, name = line.split("\t")
                 names[folder.strip()] = name.strip()
     imagenet = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
-    return [names.get(c) or imagenet.get(c) or c.replace("_", " ") for c in classes]
+    called = [names.get(c) or imagenet.get(c) or c.replace("_", " ") for c in classes]
+    first = {}
+    for c, name in zip(classes, called):                             # of ImageNet's own names two occur twice
+        if first.setdefault(name, c) != c and not (c in imagenet and c not in names):
+            raise Abort(f"{root}: classes {first[name]} and {c} have the same name, '{name}'; give each its own in {path}")
+    return called
 
 
 def _templates(root):
@@ -808,9 +814,15 @@ def decode(data, name):
     """An encoded image (bytes) as uint8 RGB (3, H, W). Raises Abort (code 1) with `name` where nothing can.
 
     By torchvision, and by Pillow what torchvision refuses. 16-bit values are scaled down; of an animation the first
-    frame counts; orientation tags are ignored, as by open_clip.
+    frame counts; orientation tags are ignored, as by open_clip. Images of more than 89 million pixels (Pillow's limit),
+    or more than 100 times as long as wide, are refused by their header: resized, they would fill the memory.
     """
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:              # reads the header only
+                if max(image.size) > 100 * min(image.size):
+                    raise ValueError(f"{image.width} x {image.height} pixels")
         try:
             x = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
             x = x[0] if x.ndim == 4 else x
@@ -821,7 +833,8 @@ def decode(data, name):
                     image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
                 return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except Exception as e:                                           # Pillow raises whatever its plugins raise
-        raise Abort(f"{name}: not readable as an image ({type(e).__name__}: {' '.join(str(e).split())[:120]})", code=1)
+        raise Abort(f"{name}: not readable as an image ({type(e).__name__}: "
+                    f"{' '.join(str(e).split(' <')[0].split())[:120]})", code=1)
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -1150,6 +1163,7 @@ class Log:
         self.args, self.images, self.total, self.since, self.clock = args, images, total, start, time.perf_counter()
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=rank_world()[0] != 0)
         self.pending, self.stop = None, 0
+        at_exit.callback(self.bar.close)
         Log.in_loop, Log.asked = True, 0
 
     def step(self, step, lr, terms, rows):

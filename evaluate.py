@@ -230,6 +230,8 @@ def main(argv=None):
     args = common.parse(parser, device, argv)
     if os.path.isfile(os.path.join(args.out, "args.json")):
         raise common.Abort(f"--out {args.out} holds a run, which results.json belongs to; give another --out")
+    if not all(np.isfinite(args.wise or [])):
+        raise common.Abort("--wise takes finite numbers")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise common.Abort("--plot needs matplotlib: pip install matplotlib")
     groups = {}                                                      # {what decides on val and shifts: names of models}

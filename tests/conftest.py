@@ -99,28 +99,31 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def assert_two_processes_are_one(script, root, model, tmp_path, *flags):
-    """torchrun with two processes: the first step's gradients of one at the same global batch, its losses, its table."""
+def assert_processes_are_one(script, root, model, tmp_path, *flags, most=3):
+    """torchrun with two processes, and with four and --accum 2: the first step's gradients of one process at the same
+    global batch, its losses, its table."""
     results, grads = [], []
-    for n in (1, 2):
+    for n in (1, 2, 4)[:most]:
         code, file, out = tmp_path / f"spy{n}.py", str(tmp_path / f"grads{n}.pt"), str(tmp_path / f"out{n}")
         code.write_text(SPY.format(repo=REPO, file=file, script=script))
-        launch = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        launch = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n),
                                                   "--master_port", str(20000 + os.getpid() % 20000)]
         done = subprocess.run([*launch, str(code), "--data", root, "--model", model, "--max-steps", "5", *BASE, "--out", out,
-                               *flags], env=environment(), capture_output=True, text=True)
+                               *flags, *["--accum", "2"] * (n == 4)], env=environment(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         grads.append(torch.load(file, weights_only=True))
         results.append(json.load(open(f"{out}/results.json")))
-    for one, two in zip(*grads, strict=True):
-        assert (one is None) == (two is None)
-        assert one is None or (one - two).norm() <= 1e-5 * one.norm() + 1e-9
-    for a, b in zip(log(tmp_path / "out1"), log(tmp_path / "out2"), strict=True):
-        assert a == pytest.approx(b, rel=1e-3)
-    for name, s in results[0]["sets"].items():
-        assert s["n"] == results[1]["sets"][name]["n"]
-        assert abs(s["top1"] - results[1]["sets"][name]["top1"]) <= 0.005
-        assert s["nll"] == pytest.approx(results[1]["sets"][name]["nll"], rel=1e-3)
+    for n, others, result in zip((2, 4), grads[1:], results[1:]):
+        whole = torch.stack([one.norm() for one in grads[0] if one is not None]).norm()
+        for one, other in zip(grads[0], others, strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or (one - other).norm() <= 1e-5 * (one.norm() + 1e-3 * whole)
+        for a, b in zip(log(tmp_path / "out1"), log(tmp_path / f"out{n}"), strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+        for name, s in results[0]["sets"].items():
+            assert s["n"] == result["sets"][name]["n"]
+            assert abs(s["top1"] - result["sets"][name]["top1"]) <= 0.005
+            assert s["nll"] == pytest.approx(result["sets"][name]["nll"], rel=1e-3)
 
 
 class Cut(Exception):
@@ -174,3 +177,25 @@ def tiny_root(tmp_path_factory):
     with open(f"{root}/templates.txt", "w") as f:
         f.write("a photo of a {}.\na sketch of the {}.\nart of a {}.\n")
     return root
+
+
+@pytest.fixture
+def captions(tiny_root, tmp_path):
+    """Two captions of the first image of each class, one of the others."""
+    lines = ["path\tcaption"]
+    for c in ["ant", "bee", "cat", "dog", "sea_eel"]:
+        for i in range(8):
+            lines += [f"train/{c}/{i}.png\tone {c} number {i} in the garden"]
+        lines += [f"train/{c}/0.png\tanother view of the {c}"]
+    path = tmp_path / "captions.tsv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def pool(tmp_path):
+    """23 pairs in a TSV."""
+    write_images(str(tmp_path / "pool"), ["p"], 23, seed=9)
+    path = tmp_path / "pool" / "pool.tsv"
+    path.write_text("path\ttext\n" + "".join(f"p/{i}.png\tpool picture {i}\n" for i in range(23)))
+    return str(path)

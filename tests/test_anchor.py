@@ -18,32 +18,10 @@ from safetensors.torch import save_file
 
 import anchor
 import common
-from conftest import TEXT, Cut, assert_continues_to_the_same_bytes, assert_two_processes_are_one, log, run, weights, write_images
+from conftest import TEXT, Cut, assert_continues_to_the_same_bytes, assert_processes_are_one, log, run, weights
 
 CPU = torch.device("cpu")
 CLASSES = ["ant", "bee", "cat", "dog", "sea_eel"]
-
-
-@pytest.fixture
-def captions(tiny_root, tmp_path):
-    """Two captions of the first image of each class, one of the others."""
-    lines = ["path\tcaption"]
-    for c in CLASSES:
-        for i in range(8):
-            lines += [f"train/{c}/{i}.png\tone {c} number {i} in the garden"]
-        lines += [f"train/{c}/0.png\tanother view of the {c}"]
-    path = tmp_path / "captions.tsv"
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
-
-
-@pytest.fixture
-def pool(tmp_path):
-    """23 pairs in a TSV."""
-    write_images(str(tmp_path / "pool"), ["p"], 23, seed=9)
-    path = tmp_path / "pool" / "pool.tsv"
-    path.write_text("path\ttext\n" + "".join(f"p/{i}.png\tpool picture {i}\n" for i in range(23)))
-    return str(path)
 
 
 # ---- retrieval
@@ -359,4 +337,4 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tiny_root, clip, caption
 
 
 def test_two_processes_are_one(tiny_root, clip, captions, pool, tmp_path):
-    assert_two_processes_are_one("anchor", tiny_root, clip(), tmp_path, "--captions", captions, "--pool", pool, "--k", "2")
+    assert_processes_are_one("anchor", tiny_root, clip(), tmp_path, "--captions", captions, "--pool", pool, "--k", "2")

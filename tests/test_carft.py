@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import carft
 import common
 import evaluate
-from conftest import assert_continues_to_the_same_bytes, assert_two_processes_are_one, log, run, weights
+from conftest import assert_continues_to_the_same_bytes, assert_processes_are_one, log, run, weights
 
 CPU = torch.device("cpu")
 
@@ -158,4 +158,4 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tiny_root, clip, tmp_pat
 
 
 def test_two_processes_are_one(tiny_root, clip, tmp_path):
-    assert_two_processes_are_one("carft", tiny_root, clip(), tmp_path)
+    assert_processes_are_one("carft", tiny_root, clip(), tmp_path)
