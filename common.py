@@ -624,7 +624,8 @@ def _classnames(classes, root):
     first = {}
     for c, name in zip(classes, called):                             # of ImageNet's own names two occur twice
         if first.setdefault(name, c) != c and not (c in imagenet and c not in names):
-            raise Abort(f"{root}: classes {first[name]} and {c} have the same name, '{name}'; give each its own in {path}")
+            raise Abort(f"{root}: classes {first[name]} and {c} have the same name, '{name}'; give each its own in "
+                        f"{path}")
     return called
 
 
@@ -895,7 +896,7 @@ def train_loader(images, preprocess, args, steps, device, start=0, batch_size=No
     loader = torch.utils.data.DataLoader(
         TrainImages(images, preprocess, args.seed), num_workers=args.workers, pin_memory=device.type == "cuda",
         batch_sampler=Batches(len(images), batch_size or args.batch_size, steps, args.seed, start),
-        worker_init_fn=_worker)
+        worker_init_fn=quiet_worker)
     for *batch, errors in loader:
         for error in set(errors) - {"", *images.bad}:
             images.bad.append(error)
@@ -906,7 +907,7 @@ def train_loader(images, preprocess, args, steps, device, start=0, batch_size=No
         yield batch
 
 
-def _worker(_):
+def quiet_worker(_):
     """Workers leave with their process, not by the signals that it is sent."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -972,7 +973,7 @@ def image_features(models, preprocesses, sets, args, device, title="evaluating",
         raise Abort(f"{len(images)} images cannot be shared out to {world} processes")
     mine = torch.utils.data.Subset(images, range(rank, len(images), world))
     loader = torch.utils.data.DataLoader(mine, max(1, args.batch_size // world), num_workers=args.workers,
-                                         pin_memory=device.type == "cuda")
+                                         pin_memory=device.type == "cuda", worker_init_fn=quiet_worker)
     parts = [[] for _ in models]
     for crops, readable in tqdm(loader, title, unit="batch", leave=False, disable=rank != 0):
         for model, to_float, x, part in zip(models, prepare, crops, parts):
@@ -1235,8 +1236,11 @@ class Log:
                         "command continues", PREEMPTED)
 
     def close(self):
+        """Ends the loop. Raises Abort for a signal that came after its last step."""
         self.bar.close()
         Log.in_loop = False
+        if Log.asked and not self.stop:
+            on_signal(Log.asked, None)
 
 
 def _tensors(state):
@@ -1302,6 +1306,11 @@ def begin(args, root):
     elif not args.overwrite and not os.path.isfile(path) and any(
             os.path.exists(f) for f in (last, log, done, os.path.join(args.out, "model"))):
         raise Abort(f"--out {args.out} holds files that are not this script's; give another --out, or --overwrite")
+    if dist.is_initialized():
+        found = [None] * rank_world()[1]
+        dist.all_gather_object(found, [state["step"] if state else 0, sorted(results)])
+        if any(f != found[0] for f in found):
+            raise Abort(f"--out {args.out} is not the same to all processes; nodes need one on a disk that they share")
     if main_process and state is None and not results:
         for f in (last, log, done):
             if os.path.isfile(f):

@@ -8,6 +8,7 @@
     python tests/bench.py head       # the zero-shot head against open_clip's builder
     python tests/bench.py eval       # evaluate.py's images/s, one model and three
     python tests/bench.py memory     # peak memory of a step by --accum and --grad-checkpointing
+    python tests/bench.py activations  # what autograd keeps of an image, and what batches need: computed
     python tests/bench.py index      # memory and time to index 1.28 million images
     python tests/bench.py client     # clip_benchmark, in an environment of its own, on an exported model
     python tests/bench.py soak       # runs killed again and again end as if they never were
@@ -248,9 +249,47 @@ def bench_step(args):
         del ours, peer
 
 
+def bench_activations(args):
+    """Bytes that autograd keeps of an image and its prompt in bf16, and what that makes of whole batches: computed."""
+    import torch
+
+    import common
+    print(f"bf16, prompts of 16 tokens; {system()}")
+    for name in [args.model] if args.model else ["ViT-B-32", "ViT-B-16", "ViT-L-14"]:
+        model, *_, tokenizer = common.load_model(name, "", torch.device("cpu"))
+        side, n, kept = model.visual.image_size, 4, {}
+        side = side if isinstance(side, int) else side[0]
+        owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        text = tokenizer(["a photo of a large brown dog with a very small red ball ."] * n)
+
+        def keep(t):
+            if t.untyped_storage().data_ptr() not in owned:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+                alive.append(t)
+            return t
+        sizes = {}
+        for what in ("towers", "image tower"):
+            alive = []
+            kept.clear()
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), common.autocast(torch.device("cpu"), "bf16"):
+                alive.append(common.encode_image(model, torch.randn(n, 3, side, side)))
+                if what == "towers":
+                    alive.append(common.encode_text(model, text))
+            used = model if what == "towers" else model.visual
+            casts = sum(2 * p.numel() for p in used.parameters())                # of weights to bf16: once a batch
+            sizes[what] = (sum(kept.values()) - casts) / n
+        P = sum(p.numel() for p in model.parameters())
+        V = sum(p.numel() for p in model.visual.parameters())
+        print(f"{name}: {P / 1e6:.0f} M parameters, {sizes['towers'] / 2**20:.0f} MiB an image and prompt")
+        for accum in (1, 2, 4, 8, 16, 32, 64):
+            chunk = 512 // accum * sizes["towers"]
+            print(f"  batch 512, --accum {accum:>2}: FLYP, ARF {(16 * P + 2 * P + chunk) / 2**30:.1f} GiB, CaRot "
+                  f"{(16 * P + 4 * P + 2 * P + chunk) / 2**30:.1f}; CAR-FT about "
+                  f"{(16 * V + 8 * P + 2 * V + 512 // accum * sizes['image tower']) / 2**30:.1f}")
+
+
 def bench_memory(args):
     """Peak memory of a CaRot step: on CUDA as the allocator counts it, on a CPU as the process's high-water mark."""
-    import torch
     device = device_of()
     model, batch = args.model or ("ViT-B-16" if device.type == "cuda" else "ViT-B-32"), args.batch_size or (
         512 if device.type == "cuda" else 64)
@@ -343,7 +382,7 @@ def bench_head(args):
     import common
     device = device_of()
     model, *_, tokenizer = common.load_model("ViT-B-32", "", device)
-    names, templates = open_clip.IMAGENET_CLASSNAMES[::50], open_clip.OPENAI_IMAGENET_TEMPLATES
+    names, templates = open_clip.IMAGENET_CLASSNAMES[::100], open_clip.OPENAI_IMAGENET_TEMPLATES
     heads = {}
 
     def ours():
@@ -456,9 +495,77 @@ def bench_client(args):
     print(f"top-1 of the exported model on val: clip_benchmark {theirs:.6f}, ours {ours:.6f}")
 
 
+# ---- reliability
+
+def bench_soak(args):
+    """Each script on a tiny ROOT, killed again and again by SIGKILL, against the same run left alone; and a long run."""
+    import random
+    import signal
+    import time
+
+    import torch
+
+    import conftest
+    folder = os.path.join(REPO, "out", "bench", "soak")
+    subprocess.run(["rm", "-rf", folder])
+    os.makedirs(folder)
+    root, model = os.path.join(folder, "root"), conftest.write_clip(os.path.join(folder, "clip"))
+    names = ["ant", "bee", "cat", "dog"]
+    conftest.write_images(os.path.join(root, "train"), names, 20, 1)
+    conftest.write_images(os.path.join(root, "val"), names, 3, 2)
+    conftest.write_images(os.path.join(folder, "pool"), ["p"], 20, 3)
+    with open(os.path.join(root, "templates.txt"), "w") as f:
+        f.write("a photo of a {}.\nart of a {}.\n")
+    with open(os.path.join(folder, "pool", "pool.tsv"), "w") as f:
+        f.write("path\ttext\n" + "".join(f"p/{i}.png\tpicture {i}\n" for i in range(20)))
+    draw, env, kills = random.Random(0), {**os.environ, "OMP_NUM_THREADS": "1"}, 0
+    for script in ("calft", "carft", "anchor"):
+        def command(out, script=script):
+            pool = ["--pool", os.path.join(folder, "pool", "pool.tsv")] * (script == "anchor")
+            return [sys.executable, os.path.join(REPO, f"{script}.py"), "--data", root, "--model", model, "--out", out,
+                    *conftest.BASE, "--epochs", "1000000", "--max-steps", "1500", "--save-every", "5", "--workers", "1", *pool]
+
+        def start(out):
+            return subprocess.Popen(command(out), env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                    start_new_session=True)
+        whole, killed = os.path.join(folder, f"{script}-whole"), os.path.join(folder, f"{script}-killed")
+        assert start(whole).wait() == 0
+        here = 0
+        while here < args.kills // 3:
+            process, log = start(killed), os.path.join(killed, "log.jsonl")
+            before = os.path.getmtime(log) if os.path.isfile(log) else 0
+            while process.poll() is None and not (os.path.isfile(log) and os.path.getmtime(log) > before):
+                time.sleep(0.01)
+            time.sleep(draw.random() * 1.5)
+            if process.poll() is not None:
+                break                                            # done before its last kill
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            here += 1
+        code = start(killed).wait()
+        a, b = conftest.weights(whole), conftest.weights(killed)
+        same = code == 0 and all(torch.equal(a[k], b[k]) for k in a) and conftest.log(whole) == conftest.log(killed) and \
+            json.load(open(f"{whole}/results.json")) == json.load(open(f"{killed}/results.json"))
+        kills += here
+        print(f"{script}: {here} kills, weights, log and table {'bit for bit the same' if same else 'NOT THE SAME'}", flush=True)
+    print(f"{kills} kills in all; {system()}")
+    process = subprocess.Popen([sys.executable, os.path.join(REPO, "calft.py"), "--data", root, "--model", model, "--out",
+                                os.path.join(folder, "long"), *conftest.BASE, "--epochs", "1000000", "--max-steps", "2000",
+                                "--workers", "1"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, seen = os.path.join(folder, "long", "log.jsonl"), []
+    while process.poll() is None:
+        lines = open(log).read().count("\n") if os.path.isfile(log) else 0
+        if lines >= 200 * (len(seen) + 1):
+            status = open(f"/proc/{process.pid}/status").read()
+            rss = int(status.split("VmRSS:")[1].split()[0]) / 1024
+            seen.append(f"{rss:.0f} MB, {len(os.listdir(f'/proc/{process.pid}/fd'))} files")
+        time.sleep(0.02)
+    print("2,000 steps, every 200: " + "; ".join(seen))
+
+
 if __name__ == "__main__":
     benches = {"step": bench_step, "input": bench_input, "head": bench_head, "eval": bench_eval, "memory": bench_memory,
-               "index": bench_index, "client": bench_client}
+               "activations": bench_activations, "index": bench_index, "client": bench_client, "soak": bench_soak}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["recipe", "methods", *benches])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="recipe, methods: runs at a time")
@@ -466,6 +573,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7, help="turns that each of the compared takes")
     parser.add_argument("--model", help="step, memory: open_clip's name")
     parser.add_argument("--batch-size", type=int, help="step, memory")
+    parser.add_argument("--kills", type=int, default=100, help="soak: kills in all")
     parser.add_argument("--compile", action="store_true", help="step: compile our towers")
     args = parser.parse_args()
     if args.seeds < 2:
