@@ -1085,10 +1085,19 @@ def summary(results, root):
 
 
 def table(columns):
-    """The results of several models on the same sets, {title: summary(...)}, as text: top-1 and ECE in percent."""
+    """The results of several models on the same sets, {title: summary(...)}, as text: top-1 and ECE in percent.
+
+    As many models side by side as 100 columns hold, the others below.
+    """
+    def short(name, most=40):
+        return name if len(name) <= most else "..." + name[3 - most:]
     first = next(iter(columns.values()))
-    wide = max(14, *(len(name) + 2 for name in first["sets"]), *(len(name) + 7 for name in first["means"]))
-    titles = [title if len(title) < 22 else "..." + title[-18:] for title in columns]
+    wide = max(14, *(len(short(name)) + 2 for name in first["sets"]), *(len(short(f)) + 7 for f in first["means"]))
+    fit = max(1, (100 - wide - 15) // 22)
+    if len(columns) > fit:
+        parts = [list(columns)[i:i + fit] for i in range(0, len(columns), fit)]
+        return "\n\n".join(table({title: columns[title] for title in part}) for part in parts)
+    titles = [short(title, 21) for title in columns]
     lines = [" " * (wide + 15) + "".join(f"{title:>22}" for title in titles),
              f"{'set':<{wide}}{'images':>7}{'classes':>8}" + f"{'top-1':>8}{'± se':>6}{'ECE':>8}" * len(columns)]
 
@@ -1099,9 +1108,11 @@ def table(columns):
     for own in (False, True):                                        # sets with classes not trained on come last
         for name, r in first["sets"].items():
             if (r["head"] == "zero-shot") == own:
-                lines.append(row(name + " *" * own, r["n"], r["classes"], [c["sets"][name] for c in columns.values()]))
+                cells = [c["sets"][name] for c in columns.values()]
+                lines.append(row(short(name) + " *" * own, r["n"], r["classes"], cells))
         if not own:
-            lines += [row("mean " + f, "", "", [c["means"][f] for c in columns.values()]) for f in first["means"]]
+            for f in first["means"]:
+                lines.append(row("mean " + short(f), "", "", [c["means"][f] for c in columns.values()]))
             if first["shift_mean"]:
                 lines.append(row("shift mean", "", "", [c["shift_mean"] for c in columns.values()]))
     if any(r["head"] == "zero-shot" for r in first["sets"].values()):

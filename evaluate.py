@@ -245,8 +245,7 @@ def main(argv=None):
         root = common.read_root(argparse.Namespace(**{**vars(args), **json.loads(key)}), need_train=False)
         group = score(names, args, root, device, outcomes, notes)
         columns.update(group)
-        titles = list(group)                                         # three models fit on 100 columns
-        tables += [common.table({t: group[t] for t in titles[i:i + 3]}) for i in range(0, len(titles), 3)]
+        tables.append(common.table(group))
 
     variants = {}                                                    # of runs the mean: plain, by alpha, by temperature
     for c in columns.values():

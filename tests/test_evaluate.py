@@ -213,6 +213,19 @@ def test_bf16_is_near_fp32_on_the_toy(tmp_path):
     assert abs(top1[0] - top1[1]) < 0.003 and all(abs(both[0][s]["nll"] - both[1][s]["nll"]) < 0.01 for s in both[0])
 
 
+def test_the_table_is_read_on_100_columns(tiny_root, clip, tmp_path, capsys):
+    """Long names are cut in the middle of nothing, and models that do not fit beside stand below."""
+    name = "imagenetv2-matched-frequency-format-val-once-more"
+    os.makedirs(tmp_path / "elsewhere")
+    os.symlink(f"{tiny_root}/sketch", tmp_path / "elsewhere" / name)
+    models = [f"local-dir:{shutil.copytree(clip().split(':')[1], tmp_path / f'a-model-with-a-long-name-{i}')}" for i in range(5)]
+    got = call(tiny_root, tmp_path / "out", "--eval", str(tmp_path / "elsewhere" / name), "--model", *models)
+    out = capsys.readouterr().out
+    assert len(got) == 5 and name in next(iter(got.values()))["sets"]
+    assert max(map(len, out.splitlines())) <= 100 and out.count("shift mean") == out.count("top-1  ± se") > 1
+    assert all(f"long-name-{i}" in out for i in range(5)) and out.count("format-val-once-more") == out.count("shift mean")
+
+
 # ---- images counted
 
 def test_skip_corrupt_counts_and_lists(tiny_root, clip, tmp_path, capsys):
