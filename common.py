@@ -537,9 +537,10 @@ def _scan(path, base, name=None):
         prefix = os.path.relpath(os.path.join(path, c), base)
         if prefix.startswith(os.pardir):                             # elsewhere: `base` may be a link, and .. go astray
             prefix = os.path.abspath(os.path.join(path, c))
-        files += [os.path.join(prefix, f) for f in found]
-        labels += [k] * len(found)
-    return Images(name or os.path.basename(os.path.normpath(path)), base, files, labels, classes)
+        files.append(np.array([os.fsencode(os.path.join(prefix, f)) for f in found]))
+        labels.append(np.full(len(found), k))
+    return Images(name or os.path.basename(os.path.normpath(path)), base, np.concatenate(files), np.concatenate(labels),
+                  classes)
 
 
 # torchvision's sets: its class, the splits to train on, for val (None: held out) and to test on, CLIP's first template

@@ -259,35 +259,28 @@ def bench_activations(args):
     print(f"bf16, prompts of 16 tokens; {system()}")
     for name in [args.model] if args.model else ["ViT-B-32", "ViT-B-16", "ViT-L-14"]:
         model, *_, tokenizer = common.load_model(name, "", torch.device("cpu"))
-        side, n, kept = model.visual.image_size, 4, {}
-        side = side if isinstance(side, int) else side[0]
-        owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        text = tokenizer(["a photo of a large brown dog with a very small red ball ."] * n)
+        side = model.visual.image_size if isinstance(model.visual.image_size, int) else model.visual.image_size[0]
+        text = tokenizer(["a photo of a large brown dog with a very small red ball ."])
 
-        def keep(t):
-            if t.untyped_storage().data_ptr() not in owned:
-                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-                alive.append(t)
-            return t
-        sizes = {}
-        for what in ("towers", "image tower"):
-            alive = []
-            kept.clear()
+        def kept(n, both):
+            """Bytes of distinct tensors saved for the backward pass of n images (and prompts)."""
+            alive = {}                                           # kept, so that no address is used twice
+
+            def keep(t):
+                alive[t.untyped_storage().data_ptr()] = t
+                return t
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), common.autocast(torch.device("cpu"), "bf16"):
-                alive.append(common.encode_image(model, torch.randn(n, 3, side, side)))
-                if what == "towers":
-                    alive.append(common.encode_text(model, text))
-            used = model if what == "towers" else model.visual
-            casts = sum(2 * p.numel() for p in used.parameters())                # of weights to bf16: once a batch
-            sizes[what] = (sum(kept.values()) - casts) / n
-        P = sum(p.numel() for p in model.parameters())
-        V = sum(p.numel() for p in model.visual.parameters())
-        print(f"{name}: {P / 1e6:.0f} M parameters, {sizes['towers'] / 2**20:.0f} MiB an image and prompt")
-        for accum in (1, 2, 4, 8, 16, 32, 64):
-            chunk = 512 // accum * sizes["towers"]
-            print(f"  batch 512, --accum {accum:>2}: FLYP, ARF {(16 * P + 2 * P + chunk) / 2**30:.1f} GiB, CaRot "
-                  f"{(16 * P + 4 * P + 2 * P + chunk) / 2**30:.1f}; CAR-FT about "
-                  f"{(16 * V + 8 * P + 2 * V + 512 // accum * sizes['image tower']) / 2**30:.1f}")
+                out = [common.encode_image(model, torch.randn(n, 3, side, side))]
+                out += [common.encode_text(model, text.expand(n, -1))] if both else []
+            return sum(t.untyped_storage().nbytes() for t in alive.values())
+        both, image = ((kept(6, both) - kept(2, both)) / 4 for both in (True, False))    # weights cancel
+        P, V = (sum(p.numel() for p in m.parameters()) for m in (model, model.visual))
+        print(f"{name}: {P / 1e6:.0f} M parameters, {both / 2**20:.0f} MiB an image and prompt, {image / 2**20:.0f} an image")
+        for accum in (1, 2, 4, 8, 16, 32, 64):                   # 16 bytes a parameter: weight, gradient, two moments
+            n = 512 // accum
+            needs = {"FLYP": 18 * P + n * both, "CaRot": 22 * P + n * both, "CAR-FT": 18 * V + 8 * P + n * image,
+                     "ARF": 18 * P + n * both * (2 if accum == 1 else 1)}
+            print(f"  batch 512, --accum {accum:>2}: " + ", ".join(f"{k} {v / 2**30:.1f} GiB" for k, v in needs.items()))
 
 
 def bench_memory(args):
