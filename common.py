@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 
 import numpy as np
@@ -57,19 +58,21 @@ def cli(main):
     def wrapped(argv=None):
         try:
             return main(argv)
-        except Abort as abort:
-            tqdm.write(f"error: {abort}", file=sys.stderr)           # on a line of its own, below any bar
-            sys.exit(abort.code)
-        except OSError as e:                                         # no space, no permission: the system's words
-            tqdm.write(f"error: {e}", file=sys.stderr)
-            sys.exit(1)
-        except torch.cuda.OutOfMemoryError as e:
-            tqdm.write(f"error: {str(e).splitlines()[0]} Give --accum 2 (or 4, 8, ...: 1/2, 1/4, 1/8 of the memory for "
-                       "activations, the same gradients), --grad-checkpointing, or a smaller --batch-size", sys.stderr)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            tqdm.write("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-            sys.exit(130)
+        except BaseException as e:
+            traceback.clear_frames(e.__traceback__)                  # lets go of data loaders: their workers end
+            if isinstance(e, Abort):
+                message, code = str(e), e.code
+            elif isinstance(e, torch.cuda.OutOfMemoryError):
+                message, code = (f"{str(e).splitlines()[0]} Give --accum 2 (or 4, 8, ...: 1/2, 1/4, 1/8 of the memory "
+                                 "for activations, the same gradients), --grad-checkpointing, or a smaller batch"), 1
+            elif isinstance(e, OSError):                             # no space, no permission: the system's words
+                message, code = e, 1
+            elif isinstance(e, KeyboardInterrupt):
+                message, code = "interrupted; the same command continues from the last checkpoint", 130
+            else:
+                raise
+            tqdm.write(f"error: {message}", file=sys.stderr)         # on a line of its own, below any bar
+            sys.exit(code)
         finally:
             at_exit.close()
     return wrapped
@@ -909,9 +912,10 @@ def train_loader(images, preprocess, args, steps, device, start=0, batch_size=No
 
 
 def quiet_worker(_):
-    """Workers leave with their process, not by the signals that it is sent."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    """Workers live until their process leaves, not by the signals that are sent to both (SIGTERM: 10 minutes more)."""
+    for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
 
 
 def total_steps(args, n):
