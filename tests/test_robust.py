@@ -114,7 +114,7 @@ def test_fp16_scaler_is_resumed(tiny_root, clip, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_save_and_leave(tiny_root, clip, tmp_path, number):
     """Sent to the whole group, as schedulers do: workers stay, the run saves within a step and leaves with code 75."""
-    steps, out = 400, tmp_path / "out"
+    steps, out = 150, tmp_path / "out"
     process = start(command("calft", tiny_root, clip(), out, "--workers", "1", "--save-every", "100000", steps=steps))
     wait_for_lines(process, out, 3)
     os.killpg(process.pid, number)
