@@ -94,7 +94,7 @@ def check_captioner(path, name):
     """Raises Abort where `write_captions` could not do its work, before any of it is done."""
     for file in (path, path + ".partial"):
         if os.path.isfile(file):
-            with open(file, encoding="utf-8", newline="\n") as f:
+            with open(file, encoding="utf-8", errors="replace", newline="\n") as f:
                 if f.readline() != f"path\tcaption by {name}\n":
                     raise common.Abort(f"{file} exists and is not by --caption-model {name}; name another file with "
                                        "--captions, or drop --caption-model to use what is there")
@@ -114,6 +114,10 @@ def write_captions(path, name, images, args, device):
         return
     partial, header = path + ".partial", f"path\tcaption by {name}\n"
     model, tag = (name, "") if name.startswith("local-dir:") else name.split(":", 1)
+    strange = [f for f in images.files.tolist() if b"\t" in f or b"\n" in f or f.decode(errors="ignore").encode() != f]
+    if strange:
+        raise common.Abort(f"--caption-model: {os.fsdecode(strange[0])!r} cannot stand in {path}: it has a tab or a "
+                           "line break, or is not UTF-8; rename it")
     coca, _, preprocess, tokenizer = common.load_model(model, tag, device)
     if not hasattr(coca, "text_decoder"):
         raise common.Abort(f"--caption-model {name} cannot write; it must be a CoCa")
@@ -127,16 +131,16 @@ def write_captions(path, name, images, args, device):
     with common.replacing(partial) as f:
         f.write("".join(whole).encode())
     done, prepare = len(whole) - 1, common.to_input(coca, device)
-    todo = common.EvalImages([images.take(np.arange(done, len(images)), "train")], [preprocess])
+    todo = common.EvalImages([images.take(np.arange(done, len(images)), "train")], [preprocess], skip=True)
     loader = torch.utils.data.DataLoader(todo, args.batch_size, num_workers=args.workers,
                                          worker_init_fn=common.quiet_worker)
     with open(partial, "a", encoding="utf-8", newline="\n") as f, \
             tqdm(total=len(images), initial=done, desc="captions", unit="image") as bar:
-        for (x,), _ in loader:
+        for (x,), readable in loader:
             with common.autocast(device, args.precision):
                 tokens = greedy_captions(coca, prepare(x)).tolist()
-            for row in tokens:
-                text = tokenizer.decode(row[1:row.index(END) if END in row else None])
+            for row, known in zip(tokens, readable.tolist()):        # training finds another for what is unreadable
+                text = tokenizer.decode(row[1:row.index(END) if END in row else None]) if known else ""
                 f.write(f"{images.file(done)}\t{' '.join(text.split()) or 'an image'}\n")
                 done += 1
             f.flush()

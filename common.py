@@ -15,7 +15,9 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -47,8 +49,8 @@ class Abort(Exception):
 
     def __init__(self, message, code=2):
         if message.startswith("Caught Abort in DataLoader"):         # torch hands over a worker's traceback as text
-            message, code = message.strip().splitlines()[-1].split(": ", 1)[1], 1
-        super().__init__(message)
+            message, code = message.strip().rsplit("Abort: ", 1)[1], 1
+        super().__init__(message.replace("\n", "\\n"))               # one line, whatever a file is called
         self.code = code
 
 
@@ -56,10 +58,17 @@ def cli(main):
     """Decorates `main(argv=None)`: an Abort becomes one line and an exit code, and the process group is closed."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        if hasattr(sys.stdout, "reconfigure"):                       # names of files need not be text
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            return main(argv)
+            main(argv)
+            if dist.is_initialized():                                # after a failure it would wait for the others
+                dist.destroy_process_group()
         except BaseException as e:
             traceback.clear_frames(e.__traceback__)                  # lets go of data loaders: their workers end
+            for worker in multiprocessing.active_children():         # ... or are ended; torch would raise for each
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                worker.kill()
             if isinstance(e, Abort):
                 message, code = str(e), e.code
             elif isinstance(e, torch.cuda.OutOfMemoryError):
@@ -78,7 +87,7 @@ def cli(main):
     return wrapped
 
 
-at_exit = contextlib.ExitStack()                                     # the lock of --out, signal handlers, processes
+at_exit = contextlib.ExitStack()                                     # the lock of --out, signal handlers, bars
 
 
 @contextlib.contextmanager
@@ -96,9 +105,9 @@ def saying(what):
 
 def on_signal(number, _):
     """SIGTERM or SIGUSR1, as schedulers send before they kill: in the loop the step's end saves and leaves (Log)."""
+    Log.asked = number                                               # a raise can get lost in a fork
     if not Log.in_loop:
         raise Abort(f"{signal.Signals(number).name}: stopped; the same command continues", PREEMPTED)
-    Log.asked = number
 
 
 PREEMPTED = 75                                                       # exit code of a run that a signal ended
@@ -171,6 +180,8 @@ def parse(parser, device, argv=None):
         value, least = getattr(args, name, None), 0 if name in ("workers", "seed") else 1
         if value is not None and value < least:
             raise Abort(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if args.seed >= 2 ** 63:
+        raise Abort(f"--seed must be less than 2^63, not {args.seed}")
     for name in ("lr", "warmup", "wd", "oc", "sd", "cross_fnorm", "lam", "cap", "ret"):
         value = getattr(args, name, 0)
         if not 0 <= value < math.inf:
@@ -195,12 +206,12 @@ def setup():
     local, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
+        torch.backends.cudnn.allow_tf32 = False                      # float32 means it, in convolutions too
         device = torch.device("cuda", local)
     else:                                                            # gloo cannot talk about mps tensors
         device = torch.device("mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        at_exit.callback(dist.destroy_process_group)
     return device
 
 
@@ -314,7 +325,7 @@ def _check_name(name, pretrained):
 def to_input(model, device):
     """The function that makes uint8 images (N, 3, S, S) the model's normalised float input, on the device."""
     mean, std = [torch.tensor(model.visual.preprocess_cfg[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std")]
-    return lambda images: (images.to(device, non_blocking=True).float() / 255 - mean) / std
+    return lambda images: (images.to(device, non_blocking=device.type == "cuda").float() / 255 - mean) / std
 
 
 def prepare_towers(model, args):
@@ -366,7 +377,8 @@ def encode_text(model, tokens, accum=1):
         return normalize(model.encode_text(tokens.to(model.logit_scale.device)))
     end = tokens.argmax(-1)                                          # the end-of-text token has the highest number
     L = int(end.max()) + 1
-    tokens, end = (t.to(model.logit_scale.device, non_blocking=True) for t in (tokens[:, :L], end))
+    device = model.logit_scale.device
+    tokens, end = (t.to(device, non_blocking=device.type == "cuda") for t in (tokens[:, :L], end))
     x = text.token_embedding(tokens) + text.positional_embedding[:L]                               # (N, L, width)
     x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:L, :L]))
     x = x[torch.arange(len(x), device=x.device), end]                                              # (N, width)
@@ -607,7 +619,7 @@ def _torchvision(path, part, title):
 def read_lines(path):
     """The lines of a text file. Raises Abort."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:                  # some editors begin a file with a mark
             return f.read().split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise Abort(f"{path} cannot be read as UTF-8 text ({e})")
@@ -748,7 +760,7 @@ def read_root(args, need_train=True):
         root.classes = sorted(set().union(*(p.classes for p in parts)))
         labels = [[root.classes.index(c) for c in p.classes] for p in parts]
         groups = [p.labels + 10**6 * i for i, p in enumerate(parts)]                 # a class of a training folder
-        files = [p.files if p.base == base else np.array([os.fsencode(p.path(i)) for i in range(len(p))])
+        files = [p.files if p.base == base or p.pixels else np.array([os.fsencode(p.path(i)) for i in range(len(p))])
                  for p in parts]
         pixels = {group: rows for p in parts for group, rows in p.pixels.items()}
         train = Images("train", base, np.concatenate(files), np.concatenate(
@@ -1181,7 +1193,7 @@ class Log:
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=rank_world()[0] != 0)
         self.pending, self.stop = None, 0
         at_exit.callback(self.bar.close)
-        Log.in_loop, Log.asked = True, 0
+        Log.in_loop = True
 
     def step(self, step, lr, terms, rows):
         """Ends a step: logs it every --log-every steps, and returns whether to save.
@@ -1196,7 +1208,7 @@ class Log:
         flags = torch.stack([(~loss.isfinite()).float(), torch.full_like(loss, Log.asked, dtype=torch.float32)])
         if dist.is_initialized():
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        host = torch.empty(2, pin_memory=loss.is_cuda).copy_(flags, non_blocking=True)
+        host = torch.empty(2, pin_memory=loss.is_cuda).copy_(flags, non_blocking=loss.is_cuda)
         event = torch.cuda.Event() if loss.is_cuda else None
         if event:
             event.record()
@@ -1205,6 +1217,10 @@ class Log:
         saving = last or (step + 1) % self.args.save_every == 0
         for flag in [late] * (late is not None) + [self.pending] * (logging or saving):
             self._look(*flag)
+        if dist.is_initialized() and (logging or saving or self.stop):       # each has met bad images of its own
+            bad = [None] * rank_world()[1]
+            dist.all_gather_object(bad, self.images.bad)
+            self.images.bad[:] = dict.fromkeys(sum(bad, []))
         if logging:
             self._write(step, lr, terms)
         return saving or bool(self.stop)
@@ -1222,14 +1238,12 @@ class Log:
                         f"batch's images are listed in {path}: {', '.join(files[:2])}, ...", code=1)
 
     def _write(self, step, lr, terms):
-        values = torch.stack([t.detach().float() for t in terms.values()]
-                             + [torch.tensor(float(len(self.images.bad)), device=terms["loss"].device)])
+        values = torch.stack([t.detach().float() for t in terms.values()])
         if dist.is_initialized():
             dist.all_reduce(values)
-        world, (*values, bad) = rank_world()[1], values.tolist()
-        line = {"step": step, **{name: value / world for name, value in zip(terms, values)}, "lr": lr}
-        if bad:
-            line["unreadable"] = int(bad)
+        line = {"step": step, **dict(zip(terms, (values / rank_world()[1]).tolist())), "lr": lr}
+        if self.images.bad:
+            line["unreadable"] = len(self.images.bad)
         now = time.perf_counter()
         line["images_per_s"] = round(self.args.batch_size * (step + 1 - self.since) / (now - self.clock), 1)
         self.since, self.clock = step + 1, now
@@ -1245,8 +1259,10 @@ class Log:
                 raise Abort(f"weights are not finite after step {state['step'] - 1}; {self.args.out} keeps the last "
                             "good checkpoint", code=1)
             with replacing(os.path.join(self.args.out, "last.pt")) as f:
-                torch.save({**state, "bad": self.images.bad}, f)
+                torch.save({**state, "bad": self.images.bad, "flags": sorted(vars(self.args))}, f)
         if self.stop:
+            if dist.is_initialized():                                # torchrun kills what is left when one leaves
+                dist.barrier()
             self.close()
             raise Abort(f"{signal.Signals(int(self.stop)).name}: saved after step {state['step'] - 1}; the same "
                         "command continues", PREEMPTED)
@@ -1273,7 +1289,7 @@ def begin(args, root):
     Flags that do not change a run may differ; any other difference, and other images, are refused unless --overwrite;
     so is an --out in which another process is at work.
     """
-    Log.in_loop = False
+    Log.in_loop, Log.asked = False, 0
     for number in (signal.SIGTERM, signal.SIGUSR1):
         at_exit.callback(signal.signal, number, signal.signal(number, on_signal))
     if rank_world()[0] == 0:
@@ -1285,10 +1301,15 @@ def begin(args, root):
             raise Abort(f"--out {args.out}: another run is at work there; wait for it, or give another --out")
         except OSError as e:
             raise Abort(f"--out {args.out} cannot be written to ({e.strerror})")
-    images = hashlib.sha256()                                        # names, not pixels
+    data = hashlib.sha256()                                          # names and texts, not pixels
     for s in (root.train, root.val, *root.shifts):
-        images.update(f"{s.name} {len(s)} ".encode("utf-8", "surrogateescape") + s.files.tobytes())
-    flags = {**json.loads(json.dumps(vars(args))), "images": images.hexdigest()[:16]}
+        data.update(f"{s.name} {len(s)} ".encode("utf-8", "surrogateescape") + s.files.tobytes())
+    data.update("\n".join([*root.classnames, *prompt_texts(["{}"], root.templates)]).encode())
+    for file in (getattr(args, "caption_model", None) or getattr(args, "captions", None), getattr(args, "pool", None)):
+        if file and os.path.isfile(file):
+            with open(file, "rb") as f:
+                data.update(f.read() if not file.endswith(".tar") else b"")
+    flags = {**json.loads(json.dumps(vars(args))), "images": data.hexdigest()[:16]}
     free = {"out", "workers", "log_every", "save_every", "no_resume", "overwrite",
             "accum", "compile", "grad_checkpointing"}                # these three change a run by rounding only
     path, last, log, done = [os.path.join(args.out, f) for f in ("args.json", "last.pt", "log.jsonl", "results.json")]
@@ -1300,8 +1321,9 @@ def begin(args, root):
             raise Abort(f"--out {args.out} holds a run of another script; give another --out, or --overwrite")
         changed = [k for k in flags if k not in free and flags[k] != old[k]]
         if changed == ["images"]:
-            raise Abort(f"--out {args.out} holds a run on other images: files in {args.data} or --eval came or went; "
-                        "give another --out, or --overwrite")
+            raise Abort(f"--out {args.out} holds a run on other images or texts: files in {args.data} or --eval came "
+                        "or went, or names, templates, captions or the pool changed; give another --out, or "
+                        "--overwrite")
         if changed:
             raise Abort(f"--out {args.out} holds a run with other flags ("
                         + ", ".join(f"--{k.replace('_', '-')} {old[k]}" for k in changed if k != "images")
@@ -1313,7 +1335,7 @@ def begin(args, root):
                 state = torch.load(last, map_location="cpu", weights_only=True)
             except Exception as e:                                   # torch raises half a dozen kinds
                 raise Abort(f"{last} cannot be read as a checkpoint ({type(e).__name__}); remove it to begin anew")
-            if not isinstance(state, dict) or not {"step", "optimizer", "scaler", "bad"} <= set(state):
+            if not isinstance(state, dict) or state.get("flags") != sorted(vars(args)):
                 raise Abort(f"{last} is not a checkpoint of this script; remove it to begin anew")
             root.train.bad[:] = state["bad"]
         if main_process and not args.no_resume:
@@ -1328,14 +1350,17 @@ def begin(args, root):
         if any(f != found[0] for f in found):
             raise Abort(f"--out {args.out} is not the same to all processes; nodes need one on a disk that they share")
     if main_process and state is None and not results:
-        for f in (last, log, done):
-            if os.path.isfile(f):
-                os.remove(f)
+        for f in ("last.pt", "log.jsonl", "results.json", "head.safetensors"):
+            if os.path.isfile(os.path.join(args.out, f)):
+                os.remove(os.path.join(args.out, f))
+        for d in ("model", "teacher"):                               # else they would pass for the new run's
+            shutil.rmtree(os.path.join(args.out, d), ignore_errors=True)
         write_json(path, flags)
     if dist.is_initialized():
         dist.barrier()
-    if main_process and os.path.isfile(log):                         # steps after the checkpoint will come again
-        whole = [line for line in open(log) if line.endswith("\n")]
+    if main_process and os.path.isfile(log) and "sets" not in results:       # later steps will come again
+        with open(log, errors="replace") as f:                       # a line may be torn, or of zeros
+            whole = [line for line in f if line.startswith("{") and line.endswith("}\n")]
         lines = [line for line in whole if state and json.loads(line)["step"] < state["step"]]
         with replacing(log) as f:
             f.write("".join(lines).encode())

@@ -51,6 +51,8 @@ def sigma_min(features):
     CaRot's theory (section 3) bounds error and calibration error under shift by its inverse.
     """
     x = features.double()
+    if not x.std(0).all():                                           # a dimension that stands still
+        return 0.0
     x = (x - x.mean(0)) / x.std(0)
     return float(torch.linalg.svdvals(x.T @ x / (len(x) - 1))[-1])
 
@@ -62,8 +64,8 @@ def read_run(name):
         name = "local-dir:" + os.path.join(name, "model")
     folder = os.path.dirname(os.path.normpath(name.removeprefix("local-dir:")))
     file = os.path.join(folder, "args.json")
-    known = name.startswith("local-dir:") and os.path.isfile(file)
-    return name, title, folder, common.read_json(file) if known else None
+    run = common.read_json(file) if name.startswith("local-dir:") and os.path.isfile(file) else {}
+    return name, title, folder, run if {"data", "train", "val", "val_frac", "seed", "model"} <= set(run) else None
 
 
 def load(name, args, root, device):
@@ -77,8 +79,12 @@ def load(name, args, root, device):
                 head = f.get_tensor("W_cls")                         # (K, d)
             else:
                 print(f"{trained} was trained on other classes: zero-shot head")
+    about = {}                                                       # a run, its recipe all that its seeds share
+    if run and os.path.basename(os.path.normpath(name)) == "model":
+        own = {k: v for k, v in run.items() if k not in ("out", "seed", "train", "val", "eval", "images", "workers")}
+        about = {"run": title, "recipe": json.dumps(own, sort_keys=True)}
     if not args.wise:
-        return [(title, model, preprocess, tokenizer, head, {"run": title} if run else {})]
+        return [(title, model, preprocess, tokenizer, head, about)]
 
     # WiSE-FT (Wortsman et al., 2022): theta = (1 - alpha) theta_zero_shot + alpha theta_fine_tuned
     if run is None:
@@ -93,7 +99,7 @@ def load(name, args, root, device):
         mixed.load_state_dict({k: v.lerp(tuned[k], alpha) if v.is_floating_point() else v
                                for k, v in base.state_dict().items()})
         W = None if head is None else zero_shot_head.lerp(head, alpha)
-        out.append((f"{title} {alpha:g}", mixed, preprocess, tokenizer, W, {"run": title, "alpha": alpha}))
+        out.append((f"{title} {alpha:g}", mixed, preprocess, tokenizer, W, {**about, "alpha": alpha}))
     return out
 
 
@@ -250,11 +256,12 @@ def main(argv=None):
     variants = {}                                                    # of runs the mean: plain, by alpha, by temperature
     for c in columns.values():
         if "run" in c:
-            variants.setdefault((c.get("alpha"), "temperature" in c), []).append(c)
-    for (alpha, tempered), runs in variants.items():
+            variants.setdefault((c.pop("recipe"), c.get("alpha"), "temperature" in c), []).append(c)
+    for (_, alpha, tempered), runs in variants.items():
         if len(runs) > 1:
             title = (f"mean of {len(runs)} runs" + (f" {alpha:g}" if alpha is not None else "")
                      + ", temperature fitted" * tempered)
+            title += f": {runs[0]['run']}, ..." * (title in columns)
             columns[title] = mean_of_runs(runs)
             tables.append(mean_table(title, columns[title]))
     os.makedirs(args.out, exist_ok=True)

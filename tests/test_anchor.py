@@ -147,6 +147,21 @@ def test_features_are_cached_until_something_changes(tiny_root, clip, pool, capt
 
 # ---- captions
 
+def test_captions_of_odd_images(tiny_root, tmp_path, capsys):
+    """An unreadable image gets a caption that says nothing; a name that cannot be a line is refused first."""
+    shutil.copytree(tiny_root, tmp_path / "root")
+    (tmp_path / "root" / "train" / "ant" / "1.png").write_bytes(b"broken")
+    args = types.SimpleNamespace(data=str(tmp_path / "root"), train=["train"], val=None, val_frac=0.2, eval=[], seed=0, batch_size=8,
+                                 workers=0, precision="fp32")
+    images, name = common.read_root(args).train, write_coca(str(tmp_path / "coca"))
+    anchor.write_captions(str(tmp_path / "c.tsv"), name, images, args, CPU)
+    assert "train/ant/1.png\tan image\n" in open(tmp_path / "c.tsv").read()
+    assert len(anchor.read_captions(str(tmp_path / "c.tsv"), images)) == 40
+    os.rename(tmp_path / "root" / "train" / "ant" / "2.png", tmp_path / "root" / "train" / "ant" / "2\n.png")
+    with pytest.raises(common.Abort, match="rename"):
+        anchor.write_captions(str(tmp_path / "d.tsv"), name, common.read_root(args).train, args, CPU)
+
+
 def test_captions(tiny_root, captions):
     args = types.SimpleNamespace(data=tiny_root, train=["train"], val=None, val_frac=0.2, eval=[], seed=0)
     images = common.read_root(args).train

@@ -51,6 +51,10 @@ def test_fit_temperature_is_the_best_of_a_fine_grid():
     assert evaluate.fit_temperature(torch.zeros(300, 7), labels) > 0                        # nothing to fit: no harm
 
 
+def test_sigma_min_of_a_dimension_that_stands_still():
+    assert evaluate.sigma_min(torch.cat([torch.randn(50, 3), torch.ones(50, 1)], 1)) == 0
+
+
 def test_sigma_min_by_numpy():
     x = np.random.default_rng(0).normal(size=(200, 6)) @ np.random.default_rng(1).normal(size=(6, 6)) + 5
     expected = np.linalg.svd(np.corrcoef(x.T), compute_uv=False)[-1]
@@ -175,6 +179,10 @@ def test_mean_over_seeds_with_wise_and_temperature(tiny_root, clip, tmp_path):
     means = [name for name in got if name.startswith("mean of 2 runs")]
     assert means == ["mean of 2 runs 0", "mean of 2 runs 0, temperature fitted", "mean of 2 runs 1",
                      "mean of 2 runs 1, temperature fitted"]
+    run(calft, tiny_root, clip(), tmp_path / "other", "--oc", "0", steps=2)      # not a seed of these, nor is the teacher
+    unlike = call(tiny_root, tmp_path / "out", "--model", str(tmp_path / "0"), str(tmp_path / "other"),
+                  f"local-dir:{tmp_path}/0/teacher")
+    assert len(unlike) == 3 and not any(name.startswith("mean") for name in unlike)
     assert got[means[0]]["sets"]["sketch"]["top1_sd"] == 0 and set(got[means[0]]["sets"]) == {"val", "few", "sketch", "other"}
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import calft
+import carft
 import common
 
 
@@ -138,3 +139,31 @@ def test_projections(clip, kind, d_in):
     after = model.encode_image(x)
     bias = model.visual.attnpool.c_proj.bias if kind == "resnet" else 0
     torch.testing.assert_close(after - bias, 2 * (before - bias), rtol=1e-4, atol=1e-5)
+
+
+# ---- numerics
+
+@pytest.mark.parametrize("case", ["batch of 2", "identical images", "duplicate captions", "opposite"])
+def test_losses_at_the_greatest_scale_from_bf16_features(case):
+    """tau = 100 and features rounded to bf16: finite, and what float64 makes of the same numbers; gradients too."""
+    g = torch.Generator().manual_seed(0)
+    n = 2 if case == "batch of 2" else 8
+    u, v = (torch.nn.functional.normalize(torch.randn(n, 16, generator=g), dim=1) for _ in "uv")
+    if case == "identical images":
+        u = u[:1].expand(n, -1)
+    if case == "duplicate captions":
+        v = v[[0, 0, 1, 1, 2, 2, 3, 3]]
+    if case == "opposite":
+        v = -u
+    u, v = u.bfloat16(), v.bfloat16()
+
+    def losses(dtype):
+        a, b = (x.to(dtype).requires_grad_() for x in (u, v))
+        S = common.similarity(a, b, torch.tensor(100.0, dtype=dtype))
+        E = torch.stack([b, b.flip(0)], 1)                               # (K, M, d)
+        values = [common.contrastive_loss(a, b, 100.0), calft.self_distillation(S, S.detach().flip(0)),
+                  carft.context_kl(S, S.detach().roll(1, 0)), common.class_head(E).sum(), carft.context_head(E).sum()]
+        return values, torch.autograd.grad(sum(values), [a, b])
+    low, high = losses(torch.float32), losses(torch.float64)
+    for x, y in zip([*low[0], *low[1]], [*high[0], *high[1]]):
+        assert x.isfinite().all() and (x.double() - y).abs().max() <= 1e-4 * (1 + y.abs().max())

@@ -422,6 +422,7 @@ BAD = [
     ("calft", ["--warmup", "-1"], 2, "--warmup"),
     ("calft", ["--workers", "-1"], 2, "--workers"),
     ("calft", ["--seed", "-1"], 2, "--seed"),
+    ("calft", ["--seed", "99999999999999999999"], 2, "--seed"),
     ("calft", ["--log-every", "0"], 2, "--log-every"),
     ("calft", ["--save-every", "0"], 2, "--save-every"),
     ("calft", ["--ema-every", "0"], 2, "--ema-every"),
@@ -494,6 +495,75 @@ def test_nothing_of_another_run_is_overwritten(tiny_root, clip, tmp_path, capsys
     os.remove(tmp_path / "last.pt")
     calft.main([*base, "--no-resume"])
     assert os.path.isfile(tmp_path / "last.pt") and (tmp_path / "results.json").read_bytes() == before["results.json"]
+
+
+def test_a_run_begun_anew_leaves_nothing_of_the_old(tiny_root, clip, tmp_path, monkeypatch):
+    """CAR-FT's head would be used with CaRot's model; a model from before would pass for one that was never trained."""
+    run(carft, tiny_root, clip(), tmp_path, steps=2)
+    new = run(calft, tiny_root, clip(), tmp_path, "--overwrite", steps=2)
+    evaluate.main(["--data", tiny_root, "--model", str(tmp_path), "--out", str(tmp_path / "e"), "--workers", "0"])
+    scores, = json.load(open(tmp_path / "e" / "results.json")).values()
+    assert scores["sets"]["val"]["nll"] == pytest.approx(new["sets"]["val"]["nll"], rel=1e-4)
+    monkeypatch.setattr(common, "train_loader", lambda *a: (_ for _ in ()).throw(ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        run(calft, tiny_root, clip(), tmp_path, "--overwrite", "--seed", "5", steps=2)
+    assert not (tmp_path / "model").exists() and not (tmp_path / "teacher").exists()
+
+
+def test_a_finished_run_without_its_checkpoint_keeps_its_log(tiny_root, clip, tmp_path):
+    run(calft, tiny_root, clip(), tmp_path, steps=3)
+    os.remove(tmp_path / "last.pt")
+    run(calft, tiny_root, clip(), tmp_path, steps=3)
+    assert [line["step"] for line in log(tmp_path)] == [0, 1, 2]
+
+
+def test_a_log_torn_by_a_power_cut(tiny_root, clip, tmp_path):
+    run(calft, tiny_root, clip(), tmp_path, "--save-every", "2", steps=4)
+    os.remove(tmp_path / "results.json")
+    for end in (b"\0" * 40 + b"\n", b'{"step": 3, "lo'):
+        with open(tmp_path / "log.jsonl", "ab") as f:
+            f.write(end)
+        run(calft, tiny_root, clip(), tmp_path, "--save-every", "2", steps=4)
+        os.remove(tmp_path / "results.json")
+        assert [line["step"] for line in log(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_other_texts_and_another_scripts_checkpoint_are_refused(tiny_root, clip, tmp_path, capsys):
+    shutil.copytree(tiny_root, tmp_path / "root")
+    out = tmp_path / "out"
+    run(calft, tmp_path / "root", clip(), out, steps=2)
+    argv = command("calft", tmp_path / "root", clip(), out, steps=2)[2:]
+    for file, text in (("templates.txt", "one {}.\n"), ("classnames.txt", "ant\tpismire\n")):
+        old = (tmp_path / "root" / file).read_text() if (tmp_path / "root" / file).exists() else None
+        (tmp_path / "root" / file).write_text(text)
+        fails(capsys, calft.main, argv, 2, "templates", "--overwrite")
+        (tmp_path / "root" / file).write_text(old) if old else os.remove(tmp_path / "root" / file)
+    run(carft, tmp_path / "root", clip(), tmp_path / "other", steps=2)
+    shutil.copy(tmp_path / "other" / "last.pt", out / "last.pt")
+    os.remove(out / "results.json")
+    fails(capsys, calft.main, argv, 2, "last.pt", "not a checkpoint of this script")
+
+
+@pytest.mark.parametrize("name", ["calft", "evaluate"])
+def test_an_error_in_a_worker_ends_the_process(tiny_root, clip, tmp_path, name):
+    """A real process: it must not wait for workers that wait for it."""
+    shutil.copytree(tiny_root, tmp_path / "root")
+    (tmp_path / "root" / "sketch" / "bee" / "1.png").write_bytes(b"broken")
+    argv = [sys.executable, f"{REPO}/{name}.py", "--data", str(tmp_path / "root"), "--model", clip(), "--out", str(tmp_path / "o"),
+            "--batch-size", "8", "--workers", "2"]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "sketch/bee/1.png: not readable" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_bad_images_are_counted_once_by_two_processes(wide_root, clip, tmp_path):
+    shutil.copytree(wide_root, tmp_path / "root")
+    (tmp_path / "root" / "train" / "bee" / "17.png").write_bytes(b"broken")
+    launch = command("calft", tmp_path / "root", clip(), tmp_path / "two", steps=45, prefix=(
+        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(20000 + os.getpid() % 20000)))
+    done = subprocess.run(launch, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert log(tmp_path / "two")[-1]["unreadable"] == 1
+    assert len(torch.load(tmp_path / "two" / "last.pt", weights_only=True)["bad"]) == 1
 
 
 def test_long_prompts_are_cut_with_a_warning(tiny_root, clip, tmp_path, capsys):

@@ -133,6 +133,9 @@ def test_joined_with_folders_and_as_val(sets, tmp_path):
         root.train.read(i)
     dogs = [root.train.file(i) for i in range(len(root.train)) if root.train.labels[i] == root.classes.index("dog")]
     assert any("photos" in f for f in dogs) and any("cifar10" in f for f in dogs)
+    write_images(str(tmp_path / "ROOT" / "val"), ["cat", "dog"], 2)
+    root = read(tmp_path / "ROOT", train=[f"cifar10:{sets}"])        # another folder than ROOT's
+    assert len(root.train) == 50 and root.train.read(7).shape == (3, 32, 32)
     assert read(f"dtd:{sets}", val=f"dtd:{sets}", need_train=False).classes == ["banded", "polka-dotted", "zigzagged"]
 
 
