@@ -121,7 +121,8 @@ def flags(doc, out, training=True):
                                      formatter_class=lambda prog: _Help(prog, max_help_position=26, width=110))
     add = parser.add_argument
     add("--data", metavar="ROOT", help="folder with train/<class>/* and val/<class>/*; each other image folder in it "
-        "is a shift and is evaluated; without --data: the toy")
+        "is a shift and is evaluated; without --data: the toy. Here and below NAME:FOLDER is one of torchvision's "
+        "sets: " + ", ".join(SETS))
     add("--train", nargs="+", default=["train"], metavar="DIR", help="training folders, in ROOT or anywhere")
     add("--val", metavar="DIR", help="validation folder; 'val' if ROOT has one, else held out of the training images")
     add("--val-frac", type=float, default=0.2, help="fraction of each training class held out where there is no val")
@@ -1215,8 +1216,10 @@ class Log:
         late, self.pending = self.pending, (host, event, step, rows)
         logging = last or step % self.args.log_every == 0
         saving = last or (step + 1) % self.args.save_every == 0
-        for flag in [late] * (late is not None) + [self.pending] * (logging or saving):
-            self._look(*flag)
+        if late:
+            self._look(*late)
+        if logging or saving or self.stop:
+            self._look(*self.pending)
         if dist.is_initialized() and (logging or saving or self.stop):       # each has met bad images of its own
             bad = [None] * rank_world()[1]
             dist.all_gather_object(bad, self.images.bad)
