@@ -353,7 +353,7 @@ def main(argv=None):
         if use_cap:                                                  # draws % M gave the template, draws // M gives c
             drawn = [captions[i][d // M % len(captions[i])] for i, d in zip(index.tolist(), draws.tolist())]
             with common.autocast(device, args.precision):
-                c = common.encode_text(model, tokenizer(drawn), args.accum)                    # (n, d)
+                c = common.encode_text(model, tokenizer(drawn), args.accum)                        # (n, d)
             terms["captions"] = common.contrastive_loss(u, c, tau)
             loss = loss + args.cap * terms["captions"]
         if use_ret:

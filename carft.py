@@ -115,7 +115,7 @@ def main(argv=None):
         lr = common.cosine_lr(step, total, args.warmup, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        images, y = prepare(images), labels.to(device, non_blocking=True)                          # (n, 3, H, W), (n,)
+        images, y = prepare(images), common.to_device(labels, device)                              # (n, 3, H, W), (n,)
 
         with common.autocast(device, args.precision):
             u = common.encode_image(model, images, args.accum)                                     # (n, d)

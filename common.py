@@ -323,10 +323,15 @@ def _check_name(name, pretrained):
                     f"has the other activation; use --model {right}")
 
 
+def to_device(x, device):
+    """A CPU tensor on the device, without waiting on CUDA; on mps such a copy may read what is already freed."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
 def to_input(model, device):
     """The function that makes uint8 images (N, 3, S, S) the model's normalised float input, on the device."""
     mean, std = [torch.tensor(model.visual.preprocess_cfg[k], device=device).view(1, 3, 1, 1) for k in ("mean", "std")]
-    return lambda images: (images.to(device, non_blocking=device.type == "cuda").float() / 255 - mean) / std
+    return lambda images: (to_device(images, device).float() / 255 - mean) / std
 
 
 def prepare_towers(model, args):
@@ -378,8 +383,7 @@ def encode_text(model, tokens, accum=1):
         return normalize(model.encode_text(tokens.to(model.logit_scale.device)))
     end = tokens.argmax(-1)                                          # the end-of-text token has the highest number
     L = int(end.max()) + 1
-    device = model.logit_scale.device
-    tokens, end = (t.to(device, non_blocking=device.type == "cuda") for t in (tokens[:, :L], end))
+    tokens, end = (to_device(t, model.logit_scale.device) for t in (tokens[:, :L], end))
     x = text.token_embedding(tokens) + text.positional_embedding[:L]                               # (N, L, width)
     x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:L, :L]))
     x = x[torch.arange(len(x), device=x.device), end]                                              # (N, width)
@@ -1286,6 +1290,10 @@ def _tensors(state):
     return [tensor for x in inner for tensor in _tensors(x)]
 
 
+# flags that do not change a run; the last three do by rounding only
+FREE = {"out", "workers", "log_every", "save_every", "no_resume", "overwrite", "accum", "compile", "grad_checkpointing"}
+
+
 def begin(args, root):
     """Open --out: the state (last.pt, or None) and the results of the run of the same flags that it holds, if any.
 
@@ -1313,8 +1321,6 @@ def begin(args, root):
             with open(file, "rb") as f:
                 data.update(f.read() if not file.endswith(".tar") else b"")
     flags = {**json.loads(json.dumps(vars(args))), "images": data.hexdigest()[:16]}
-    free = {"out", "workers", "log_every", "save_every", "no_resume", "overwrite",
-            "accum", "compile", "grad_checkpointing"}                # these three change a run by rounding only
     path, last, log, done = [os.path.join(args.out, f) for f in ("args.json", "last.pt", "log.jsonl", "results.json")]
     main_process, state, results = rank_world()[0] == 0, None, {}
     began = os.path.isfile(last) or os.path.isfile(log)              # a run that failed before its first step did not
@@ -1322,7 +1328,7 @@ def begin(args, root):
         old = read_json(path)
         if set(old) != set(flags):
             raise Abort(f"--out {args.out} holds a run of another script; give another --out, or --overwrite")
-        changed = [k for k in flags if k not in free and flags[k] != old[k]]
+        changed = [k for k in flags if k not in FREE and flags[k] != old[k]]
         if changed == ["images"]:
             raise Abort(f"--out {args.out} holds a run on other images or texts: files in {args.data} or --eval came "
                         "or went, or names, templates, captions or the pool changed; give another --out, or "

@@ -81,7 +81,7 @@ def load(name, args, root, device):
                 print(f"{trained} was trained on other classes: zero-shot head")
     about = {}                                                       # a run, its recipe all that its seeds share
     if run and os.path.basename(os.path.normpath(name)) == "model":
-        own = {k: v for k, v in run.items() if k not in ("out", "seed", "train", "val", "eval", "images", "workers")}
+        own = {k: v for k, v in run.items() if k not in common.FREE | {"seed", "train", "val", "eval", "images"}}
         about = {"run": title, "recipe": json.dumps(own, sort_keys=True)}
     if not args.wise:
         return [(title, model, preprocess, tokenizer, head, about)]
