@@ -3,25 +3,26 @@
 
     loss = CE2(tau u v^T) + cap * CE2(tau u c^T) + ret * CE2(tau a b^T)
 
-    u, v, c (N, d)       features of a batch of images, of their class prompts (a template drawn anew each epoch), and
-                         of captions of the same images
-    a, b (R, d)          features of a batch of the retrieved pairs, images and texts, drawn independently of u; R = N,
-                         or all pairs there are if fewer
-    tau, CE2             exp(logit_scale); CLIP's symmetric contrastive loss. All features are L2-normalised
+    CE2(S)               (CE(S) + CE(S^T)) / 2, CLIP's contrastive loss: row i belongs to column i
+    u, v (N, d)          features of a batch of images, and of their class prompts, a template drawn anew each epoch
+    c (N, d)             features of captions of the same images, one drawn of each image's: text-compensated anchor
+    a, b (R, d)          features of a batch of other images and of their own texts, retrieved from a pool before
+                         training and drawn independently of u: image-text-pair anchor; R = N, or fewer if there are
+    tau                  exp(logit_scale). All features are L2-normalised and by the model being tuned
 
-"a photo of a [CLASS]" says little, and tuning on it alone forgets the rest. Two anchors hold the feature space where
-CLIP's pretraining put it: the text-compensated anchor (captions of the training images, by a captioner) and the
-image-text-pair anchor (pairs like CLIP's own, retrieved from a pool by similarity to the training images).
+"a photo of a [CLASS]" says little, and tuning on it alone forgets the rest. The anchors are richer text, to contrast
+with while tuning: captions by a captioner, and pairs like those of CLIP's pretraining, chosen by their similarity to
+the training images. Both towers and tau are trained; the whole CLIP is evaluated by its zero-shot head, and exported.
 
-What the paper's text confirms: the two anchors, a pretrained captioner, retrieval according to the downstream task,
-and contrast on each. Our reading: weights of 1 each (--cap, --ret), retrieval by the untuned model's image features
-with k = 1, CoCa for the paper's BLIP-2, and the recipe, which is FLYP's (no code was released).
+From the paper's text: the three terms, a pretrained captioner (BLIP-2; here open_clip's CoCa), retrieval for the
+downstream task. Our choices, as no code was released: weights of 1 (--cap, --ret), retrieval of the k = 1 nearest by
+the untuned model's image features, and the recipe, which is that of FLYP (Goyal et al., 2023).
 
-    python anchor.py                                                  # the toy, on a CPU
-    python anchor.py --data /imagenet --captions captions.tsv --pool '/cc3m/{00000..00331}.tar'
-    python anchor.py --data /imagenet --caption-model coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k
-    torchrun --nproc_per_node 8 anchor.py --data /imagenet --pool ... # the same batch on eight GPUs
-    python anchor.py --cap 0 --ret 0                                  # FLYP, the natural baseline
+    python anchor.py                                                         # the toy with its captions and pool
+    python anchor.py --data /imagenet --captions captions.tsv --pool '/cc3m/{00000..00331}.tar' --out out/arf
+    python anchor.py --data /imagenet --caption-model coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k --out out/cap
+    torchrun --nproc_per_node 8 anchor.py --data /imagenet --captions captions.tsv --out out/arf8     # eight GPUs
+    python anchor.py --cap 0 --ret 0 --out out/flyp                          # FLYP, the first term alone: baseline
 """
 import itertools
 import math
@@ -41,8 +42,7 @@ import common
 def read_captions(path, images):
     """Captions of every image of `images` (common.Images): [[caption, ...], ...]. Raises Abort.
 
-    The file: a header line, path<TAB>anything, then path relative to ROOT, tab, caption; several lines a path are
-    several captions.
+    The file: a header line, path<TAB>caption, then such lines, paths relative to ROOT, one or more for each image.
     """
     index, captions = {images.file(i): i for i in range(len(images))}, [[] for _ in range(len(images))]
     for line, (file, text) in read_tsv(path, "path<TAB>caption"):
@@ -50,7 +50,7 @@ def read_captions(path, images):
             if text in captions[index[file]]:
                 raise common.Abort(f"{path} line {line}: the same caption twice for {file}")
             captions[index[file]].append(text)
-        elif not os.path.isfile(os.path.join(images.base, file)):    # of an image held out it says nothing
+        elif not os.path.isfile(os.path.join(images.base, file)):    # those held out for val may have captions
             raise common.Abort(f"{path} line {line}: there is no image {os.path.join(images.base, file)}")
     without = [i for i, c in enumerate(captions) if not c]
     if without:
@@ -139,7 +139,7 @@ def write_captions(path, name, images, args, device):
         for (x,), readable in loader:
             with common.autocast(device, args.precision):
                 tokens = greedy_captions(coca, prepare(x)).tolist()
-            for row, known in zip(tokens, readable.tolist()):        # training finds another for what is unreadable
+            for row, known in zip(tokens, readable.tolist()):        # "an image": for the unreadable, never trained on
                 text = tokenizer.decode(row[1:row.index(END) if END in row else None]) if known else ""
                 f.write(f"{images.file(done)}\t{' '.join(text.split()) or 'an image'}\n")
                 done += 1
@@ -204,12 +204,12 @@ def open_pool(pattern):
 
 @torch.no_grad()
 def retrieve(query, pool, k):
-    """Rows of pool (m, d) nearest to each row of query (n, d) by inner product: (n, k) long, the best first; exact.
+    """Indices of the k rows of pool (m, d) with the greatest inner products with each row of query (n, d): (n, k)
+    long, the best first; by comparing all, in float32.
 
-    By blocks of 4096 x 32768 scores (0.5 GiB in float32) on the device of `query`; each block of the pool goes there
-    once. ImageNet (n = 1.28 million) and CC3M (m = 3.3 million, d = 512) are 31,600 blocks and, in float16, 1.3 GB of
-    queries on the device and 3.4 GB of pool on the host. A block takes 1.2 s on two CPU cores (measured, AMD EPYC), so
-    10.5 hours there; at 40 TFLOP/s in float32 a GPU would need 3.4 ms, two minutes in all (computed, not measured).
+    In blocks of 4096 x 32768 scores (0.5 GiB) on the device of `query`; each block of the pool goes there once.
+    ImageNet against CC3M (n = 1.28, m = 3.3 million, d = 512) is 31,600 blocks of 1.2 s on two CPU cores (measured, AMD
+    EPYC), 10.5 hours; at 40 TFLOP/s a GPU would need two minutes (computed).
     """
     k = min(k, len(pool))
     best = torch.full((len(query), k), -math.inf, device=query.device)
@@ -246,10 +246,10 @@ def retrieved_pairs(pool, images, model, preprocess, args, device):
     rest = model, preprocess, args, device
     query = cached_features("train", [images.path(i) for i in range(len(images))], images, *rest)  # (n, d)
     features = cached_features("pool", [os.fsdecode(bytes(f)) for f in pool.files], pool, *rest)   # (m, d)
-    readable = (~features[:, 0].isnan()).nonzero().squeeze(1)                                      # (m',) of the pool
+    readable = (~features[:, 0].isnan()).nonzero().squeeze(1)        # NaN: an unreadable image      (m',)
     if not len(readable):
         raise common.Abort(f"--pool {args.pool}: none of its {len(pool)} images can be read", code=1)
-    nearest = retrieve(query[~query[:, 0].isnan()].to(device), features[readable], args.k)        # (n, k)
+    nearest = retrieve(query[~query[:, 0].isnan()].to(device), features[readable], args.k)        # (n', k)
     kept = readable[nearest.unique().cpu()].tolist()
     if common.rank_world()[0] == 0:
         if len(readable) < len(pool):
@@ -264,7 +264,7 @@ def retrieved_pairs(pool, images, model, preprocess, args, device):
 def main(argv=None):
     parser = common.flags(__doc__, out="out/anchor")                 # --data, --model, --batch-size, --accum, ...
     add = parser.add_argument
-    # recipe: FLYP's, not verified for ARF
+    # recipe: FLYP's, with --batch-size 512; not verified for ARF
     add("--epochs", type=int, default=10, help="passes over the training images")
     add("--max-steps", type=int, help="stop (and end the schedule) after this many steps")
     add("--lr", type=float, default=1e-5, help="peak learning rate of AdamW")
@@ -272,8 +272,8 @@ def main(argv=None):
     add("--warmup", type=int, default=500, help="steps of linear warm-up, then cosine to 0")
     # ARF
     add("--captions", metavar="FILE", help="captions of the training images: a header, then path in ROOT<TAB>caption")
-    add("--caption-model", metavar="NAME:TAG", help="an open_clip CoCa, or local-dir:PATH, that "
-        "writes the captions first, if --captions (default: OUT/captions.tsv) does not exist")
+    add("--caption-model", metavar="NAME:TAG", help="an open_clip CoCa, or local-dir:PATH, to write the file "
+        "--captions (default: OUT/captions.tsv) where there is none")
     add("--pool", metavar="FILE", help="image-text pairs: a TSV (header, then path<TAB>text) or 'x/{000..331}.tar'")
     add("--k", type=int, default=1, help="pairs retrieved for each training image")
     add("--cap", type=float, default=1.0, help="weight of the captions' contrastive loss")
@@ -299,7 +299,7 @@ def main(argv=None):
         check_captioner(args.captions, args.caption_model)           # captions are written once all else is known good
     captions = read_captions(args.captions, root.train) if use_cap and not args.caption_model else None
     pool = open_pool(args.pool) if use_ret else None
-    torch.manual_seed(args.seed)                                     # for random weights; the data draws by itself
+    torch.manual_seed(args.seed)                                     # of weights that are not pretrained
     model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
     tokens = common.prompts(tokenizer, root.classnames, root.templates)            # (K classes, M templates, L tokens)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=device.type != "mps")
@@ -308,9 +308,9 @@ def main(argv=None):
 
     # a new run, or the one that --out holds
     state, results = common.begin(args, root)
-    if "sets" in results:
+    if "sets" in results:                                            # finished
         return common.report(results)
-    if "zero_shot" not in results:                                   # before any training, so a broken set shows now
+    if "zero_shot" not in results:                                   # before training, which a broken set would waste
         results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device, title="zero-shot")
         common.write_json(out("results.json"), results)
     if use_cap and args.caption_model:
@@ -326,8 +326,8 @@ def main(argv=None):
         scaler.load_state_dict(state["scaler"])
     del state                                                        # as large as model and optimiser
 
-    # the loop; n of the N images of a batch are this process's own (without torchrun: all), and r of the R pairs
-    prepare = common.to_input(model, device)
+    # the loop; each process has n = N / processes images of a batch, and r = R / processes pairs
+    M, prepare = len(root.templates), common.to_input(model, device)
     loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
     pair_loader = itertools.repeat(None)
     if use_ret:
@@ -335,33 +335,33 @@ def main(argv=None):
         R = min(args.batch_size, len(pairs) // world * world)
         if not R:
             raise common.Abort(f"{len(pairs)} retrieved pairs are too few for {world} processes; give a greater --k")
-        pair_loader = common.train_loader(pairs, preprocess_train, args, total, device, start, batch_size=R)
+        pair_loader = common.train_loader(pairs, preprocess_train, args, total, device, start, batch_size=R,
+                                          seed=args.seed + 2 ** 63)  # its own draws: --seed is less
     log = common.Log(args, root.train, total, start, "ARF")
     for step, (images, labels, index, draws), retrieved in zip(range(start, total), loader, pair_loader):
         lr = common.cosine_lr(step, total, args.warmup, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        M, tau = len(root.templates), model.logit_scale.exp()
-        images = prepare(images)                                                                   # (n, 3, H, W)
-        text = tokens[labels, draws % M]                                                           # (n, L)
+        images, tau = prepare(images), model.logit_scale.exp()                                     # (n, 3, H, W), ()
+        text = tokens[labels, draws % M]                             # draws (n,): random integers   (n, L)
 
         with common.autocast(device, args.precision):
             u = common.encode_image(model, images, args.accum)                                     # (n, d)
             v = common.encode_text(model, text, args.accum)                                        # (n, d)
-        terms = {"contrastive": common.contrastive_loss(u, v, tau)}
-        loss = terms["contrastive"]
-        if use_cap:                                                  # draws % M gave the template, draws // M gives c
-            drawn = [captions[i][d // M % len(captions[i])] for i, d in zip(index.tolist(), draws.tolist())]
+        terms = {"contrastive": common.contrastive_loss(u, v, tau)}  # of all processes' rows, as the two below
+        loss = terms["contrastive"]                                                                # scalar
+        if use_cap:                                                  # draws % M chose the template, the rest a caption
+            drawn = [captions[i][draw // M % len(captions[i])] for i, draw in zip(index.tolist(), draws.tolist())]
             with common.autocast(device, args.precision):
                 c = common.encode_text(model, tokenizer(drawn), args.accum)                        # (n, d)
             terms["captions"] = common.contrastive_loss(u, c, tau)
             loss = loss + args.cap * terms["captions"]
         if use_ret:
-            pair_images, _, pair_index, _ = retrieved
+            pair_images, _, pair_index, _ = retrieved                                              # (r, 3, H, W), (r,)
+            pair_text = tokenizer([pairs.texts[i] for i in pair_index])                            # (r, L)
             with common.autocast(device, args.precision):
                 a = common.encode_image(model, prepare(pair_images), args.accum)                   # (r, d)
-                texts = tokenizer([pairs.texts[i] for i in pair_index])                            # (r, L)
-                b = common.encode_text(model, texts, args.accum)                                   # (r, d)
+                b = common.encode_text(model, pair_text, args.accum)                               # (r, d)
             terms["retrieved"] = common.contrastive_loss(a, b, tau)
             loss = loss + args.ret * terms["retrieved"]
 
@@ -373,7 +373,7 @@ def main(argv=None):
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))              # CLIP's own bound
 
-        if log.step(step, lr, {"loss": loss, **terms}, index):       # every --save-every steps, at the end, on a signal
+        if log.step(step, lr, {"loss": loss, **terms}, index):       # true if a checkpoint is due
             log.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
                      scaler=scaler.state_dict())
     log.close()

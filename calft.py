@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: MIT
 """CaRot: calibrated robust fine-tuning of CLIP (Oh et al., NeurIPS 2024, arXiv 2311.01723).
 
-    loss = CE2(S) + oc * ||W_v^T W_v - I||_F + sd * L_sd(S, S_ema) + cross_fnorm * ||W_v W_t^T||_F
+    loss = CE2(S) + oc * L_oc + sd * L_sd + cross_fnorm * L_cross
 
-    u (N, d), v (N, d)   image and text features of a batch, L2-normalised; the text of an image is its class name
+    CE2(S)  = (CE(S) + CE(S^T)) / 2              CLIP's contrastive loss: image i belongs to text i
+    L_oc    = ||W_v^T W_v - I||_F
+    L_sd    = H(S_ema, S) + H(S_ema^T, S^T),     H(A, B) = -mean_i sum_j softmax(A)_ij log softmax(B)_ij
+    L_cross = ||W_v W_t^T||_F
+
+    u, v (N, d)          image and text features of a batch, L2-normalised; the text of an image is its class name
                          in one of the templates, drawn anew each epoch
-    S = tau u v^T        (N, N) similarities, tau = exp(logit_scale); CE2 is CLIP's symmetric contrastive loss
+    S, S_ema (N, N)      tau u v^T with tau = exp(logit_scale), by the student and by the teacher, each with its tau
     W_v (d_in, d)        last projection of the image tower; W_t (d_t, d) that of the text tower
-    S_ema                S by the teacher, whose weights are theta_ema <- m theta_ema + (1 - m) theta after steps 0,
-                         500, 1000, ... (--ema-every); between, it stands still
+    teacher              the pretrained model at first; after optimiser steps 0, 500, 1000, ... (--ema-every)
+                         theta_ema <- m theta_ema + (1 - m) theta, with m by `ema_momentum`; between, it stands still
 
-The paper bounds error and calibration error under shift by two quantities of the training distribution: the smallest
-singular value of the features' covariance, which orthonormal columns of W_v keep up, and the calibration error, which
-self-distillation keeps down. Where paper and released code differ we follow the code: the norm of the second term is
-not squared, and the last term is not in the paper's loss as we know it.
+Both towers and tau are trained. The paper bounds error and calibration error under shift by the calibration error on
+the training distribution, which the teacher's soft targets lower, and by 1 / sigma_min of the image features'
+covariance: columns of W_v near orthonormal keep that smallest singular value large. Paper and released code differ
+twice, and we follow the code: the paper squares the norm of L_oc, and its loss, as we know it, has no L_cross, which
+comes from the linear theory of contrastive learning. Student and teacher are exported; the student is the result.
 
-    python calft.py                                                   # the toy, on a CPU
-    python calft.py --data /imagenet                                  # the released recipe, on a GPU
-    torchrun --nproc_per_node 8 calft.py --data /imagenet             # the same batch on eight
-    python calft.py --oc 0 --sd 0 --cross-fnorm 0                     # FLYP, the natural baseline
+    python calft.py                                                          # the toy, on a CPU
+    python calft.py --data /imagenet --out out/carot                         # the released recipe, on a GPU
+    torchrun --nproc_per_node 8 calft.py --data /imagenet --out out/carot    # the same global batch on eight
+    python calft.py --oc 0 --sd 0 --cross-fnorm 0 --out out/flyp             # FLYP, CE2 alone: the natural baseline
 """
 import copy
 import math
@@ -32,34 +38,27 @@ import common
 # ---- the loss ------------------------------------------------------------------------------------------------------
 
 def orthogonality(W):
-    """L_oc = ||W^T W - I||_F for a projection W (d_in, d): scalar.
-
-    The paper squares the norm; the released code does not, and its coefficient 0.2 belongs to that: so here.
-    """
+    """L_oc = ||W^T W - I||_F of the projection W (d_in, d): scalar; not squared, to which the weight 0.2 belongs."""
     return torch.linalg.norm(W.T @ W - torch.eye(W.shape[1], device=W.device, dtype=W.dtype))
 
 
 def self_distillation(student_logits, teacher_logits):
-    """L_sd: cross-entropy from the teacher's to the student's rows, plus the same for columns: scalar.
+    """L_sd of S (N, N) and S_ema (N, N): scalar; the teacher's rows are the targets, then its columns.
 
-    Both (N, N), already times their tau; the sum of the two directions, each a mean over the batch. The paper has the
-    KL divergence, whose gradient is the same.
+    The sum of the two directions, where CE2 has their mean. The paper has KL divergences; the gradient is the same.
     """
-    def soft_cross_entropy(logits, target):
+    def H(target, logits):
         return -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
-    return soft_cross_entropy(student_logits, teacher_logits) + soft_cross_entropy(student_logits.T, teacher_logits.T)
+    return H(teacher_logits, student_logits) + H(teacher_logits.T, student_logits.T)
 
 
 def cross_frobenius(W_v, W_t):
-    """||W_v W_t^T||_F of the projections W_v (d_in, d) and W_t (d_t, d): scalar.
-
-    From the linear theory of contrastive learning; in the released command, not in the paper's loss as we know it.
-    """
+    """L_cross = ||W_v W_t^T||_F of the projections W_v (d_in, d) and W_t (d_t, d): scalar."""
     return torch.linalg.norm(W_v @ W_t.T)
 
 
 def ema_momentum(step, total_steps):
-    """m in theta_ema <- m theta_ema + (1 - m) theta: 0.05 to 0.9 over the first fifth of the run, then 0.9."""
+    """m of the teacher's update after `step`: from 0.05 linearly to 0.9 over the first fifth of the run, then 0.9."""
     return 0.05 + (0.9 - 0.05) * min(1.0, step / (0.2 * total_steps))
 
 
@@ -89,7 +88,7 @@ def projections(model):
 def main(argv=None):
     parser = common.flags(__doc__, out="out/calft")                  # --data, --model, --batch-size, --accum, ...
     add = parser.add_argument
-    # recipe: the released one
+    # recipe: the released one, with --batch-size 512
     add("--epochs", type=int, default=10, help="passes over the training images")
     add("--max-steps", type=int, help="stop (and end the schedule) after this many steps")
     add("--lr", type=float, default=1e-5, help="peak learning rate of AdamW")
@@ -108,7 +107,7 @@ def main(argv=None):
     # data, model, teacher, optimiser
     root = common.read_root(args)
     total = common.total_steps(args, len(root.train))
-    torch.manual_seed(args.seed)                                     # for random weights; the data draws by itself
+    torch.manual_seed(args.seed)                                     # of weights that are not pretrained
     model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
     W_v, W_t = projections(model)
     if (W_v is None and args.oc) or ((W_v is None or W_t is None) and args.cross_fnorm):
@@ -119,14 +118,14 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     common.prepare_towers(model, args)
-    if teacher:
+    if args.sd:
         common.prepare_towers(teacher, args)
 
     # a new run, or the one that --out holds
     state, results = common.begin(args, root)
-    if "sets" in results:
+    if "sets" in results:                                            # finished
         return common.report(results)
-    if "zero_shot" not in results:                                   # before any training, so a broken set shows now
+    if "zero_shot" not in results:                                   # before training, which a broken set would waste
         results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device, title="zero-shot")
         common.write_json(out("results.json"), results)
     start = 0
@@ -135,15 +134,15 @@ def main(argv=None):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        if teacher:
+        if args.sd:
             teacher.load_state_dict(state["teacher"])
     del state                                                        # as large as model and optimiser
 
-    # the loop; n of the N images of a batch are this process's own (without torchrun: all)
+    # the loop; each process has n = N / processes images of a batch
     prepare = common.to_input(model, device)
     loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
     log = common.Log(args, root.train, total, start, "CaRot")
-    for step, (images, labels, index, draws) in zip(range(start, total), loader):
+    for step, (images, labels, index, draws) in zip(range(start, total), loader):      # draws (n,): random integers
         lr = common.cosine_lr(step, total, args.warmup, args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -153,15 +152,14 @@ def main(argv=None):
         with common.autocast(device, args.precision):
             u = common.encode_image(model, images, args.accum)                                     # (n, d)
             v = common.encode_text(model, text, args.accum)                                        # (n, d)
-        S = common.similarity(u, v, model.logit_scale.exp())                                       # (N, N)
+        S = common.similarity(u, v, model.logit_scale.exp())         # of all processes' rows        (N, N)
         terms = {"contrastive": common.clip_loss(S)}
-        loss = terms["contrastive"]
-        if args.oc or args.cross_fnorm:
-            W_v, W_t = projections(model)                            # views, anew for each step's graph
+        loss = terms["contrastive"]                                                                # scalar
+        W_v, W_t = projections(model)
         if args.oc:
             terms["orthogonality"] = orthogonality(W_v)
             loss = loss + args.oc * terms["orthogonality"]
-        if args.sd and step > 0:                                     # at step 0 the teacher is the model: no gradient
+        if args.sd and step > 0:                                     # at step 0 teacher = student: no gradient
             with torch.inference_mode(), common.autocast(device, args.precision):
                 u_ema = common.encode_image(teacher, images, args.accum)                           # (n, d)
                 v_ema = common.encode_text(teacher, text, args.accum)                              # (n, d)
@@ -182,14 +180,14 @@ def main(argv=None):
         if args.sd and step % args.ema_every == 0:
             update_teacher(teacher, model, ema_momentum(step, total))
 
-        if log.step(step, lr, {"loss": loss, **terms}, index):       # every --save-every steps, at the end, on a signal
+        if log.step(step, lr, {"loss": loss, **terms}, index):       # true if a checkpoint is due
             log.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict(), teacher=teacher.state_dict() if teacher else {})
+                     scaler=scaler.state_dict(), teacher=teacher.state_dict() if args.sd else {})
     log.close()
 
-    # export first: whatever evaluation stumbles over, the model is there. The teacher is exported, not evaluated
+    # export first: whatever evaluation stumbles over, the model is there
     common.export(model, args.model, out("model"))
-    if teacher:
+    if args.sd:
         common.export(teacher, args.model, out("teacher"))
     results.update(common.evaluate(model, tokenizer, preprocess_val, root, args, device))
     common.write_json(out("results.json"), results)

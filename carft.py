@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: MIT
 """CAR-FT: context-aware robust fine-tuning of CLIP (Mao et al., 2022, arXiv 2211.16175).
 
-    loss = CE(tau u W_cls^T, y) + lam * KL(p0 || p),     p = softmax(tau u W_ctx^T)
+    loss = CE(tau u W_cls^T, y) + lam * KL(p0 || p)
 
-    u (N, d)             image features of a batch, L2-normalised; y (N,) their classes; tau = exp(logit_scale), fixed
-    E (K, M, d)          text features of K classes in M templates ("contexts"), L2-normalised, from the untuned model
-    W_cls (K, d)         normalised mean of E over templates: the classifier, trained from there
-    W_ctx (M, d)         normalised mean of E over classes: the context head, fixed
-    p, p0 (N, M)         which context an image is in, by the model being tuned and by the untuned one
+    u, u0 (N, d)         features of a batch of images, L2-normalised, by the model being tuned and by the untuned one
+    y (N,)               their classes; tau = exp(logit_scale), fixed
+    E (K, M, d)          text features of K classes in M templates, L2-normalised, from the untuned model
+    W_cls (K, d)         normalised mean of E over templates: the classifier; trained, from this zero-shot start
+    W_ctx (M, d)         normalised mean of E over classes: a classifier of templates ("a sketch of a {}"), fixed
+    p, p0 (N, M)         softmax(tau u W_ctx^T), softmax(tau u0 W_ctx^T): in which context an image is seen
 
-The tuned image tower keeps telling a sketch from a photograph, and with that what it knew of both. Training needs no
-text tower after E: neither its activations nor its optimiser state exist. It is exported as it was.
+The paper's idea: plain fine-tuning unlearns what context an image stands in (a sketch, a photograph), and robustness
+goes with it; the KL term keeps the untuned model's view of it. Trained are the image tower and W_cls; the text tower
+only makes E, and later the heads of sets with other classes. W_cls is evaluated, and exported beside the whole CLIP.
 
-What the paper's text confirms: zero-shot prompt weights give the context distribution, and the KL divergence between
-those of the original and the tuned model is minimised beside classification. Our reading: its direction (--reverse-kl
-turns it), lam = 1, W_cls free to leave the unit sphere, and the recipe, which is FLYP's (no code was released).
+From the paper's text: context distributions by zero-shot prompt weights, and the KL divergence between those of the
+original and the tuned model beside classification. Our choices, as no code was released: its direction (--reverse-kl
+turns it), lam = 1, W_cls free to leave the unit sphere, and the recipe, which is that of FLYP (Goyal et al., 2023).
 
-    python carft.py                                                   # the toy, on a CPU
-    python carft.py --data /imagenet                                  # ImageNet, on a GPU
-    torchrun --nproc_per_node 8 carft.py --data /imagenet             # the same batch on eight
-    python carft.py --lam 0                                           # plain fine-tuning (FT), the natural baseline
+    python carft.py                                                          # the toy, on a CPU
+    python carft.py --data /imagenet --out out/car-ft                        # ImageNet, on a GPU
+    torchrun --nproc_per_node 8 carft.py --data /imagenet --out out/car-ft   # the same global batch on eight
+    python carft.py --lam 0 --out out/ft                                     # FT, cross-entropy alone: the baseline
 """
 import copy
 import json
@@ -39,12 +41,11 @@ def context_head(E):
 
 
 def context_kl(zero_shot_logits, logits):
-    """KL(p0 || p) of two (N, M) sets of context logits, already times tau; the mean over the batch: scalar.
+    """KL(p0 || p), the mean over the batch: scalar; p0 = softmax(zero_shot_logits), p = softmax(logits), both (N, M).
 
-    p0 = softmax(zero_shot_logits) of the untuned model, p = softmax(logits) of the one being tuned; exchanged, they
-    give the reverse KL(p || p0).
+    With its arguments exchanged it is the reverse, KL(p || p0).
     """
-    log_p0, log_p = zero_shot_logits.log_softmax(-1), logits.log_softmax(-1)
+    log_p0, log_p = zero_shot_logits.log_softmax(-1), logits.log_softmax(-1)                       # (N, M)
     return (log_p0.exp() * (log_p0 - log_p)).sum(-1).mean()
 
 
@@ -54,7 +55,7 @@ def context_kl(zero_shot_logits, logits):
 def main(argv=None):
     parser = common.flags(__doc__, out="out/carft")                  # --data, --model, --batch-size, --accum, ...
     add = parser.add_argument
-    # recipe: FLYP's, not verified for CAR-FT
+    # recipe: FLYP's, with --batch-size 512; not verified for CAR-FT
     add("--epochs", type=int, default=10, help="passes over the training images")
     add("--max-steps", type=int, help="stop (and end the schedule) after this many steps")
     add("--lr", type=float, default=1e-5, help="peak learning rate of AdamW")
@@ -72,29 +73,29 @@ def main(argv=None):
     root = common.read_root(args)
     total = common.total_steps(args, len(root.train))
     if args.lam and len(root.templates) < 2:
-        raise common.Abort(f"{args.data} has a single template, so there is no context to keep; "
+        raise common.Abort(f"{args.data} has a single template, so all images are in one context; "
                            "write more to templates.txt, or give --lam 0")
-    torch.manual_seed(args.seed)                                     # for random weights; the data draws by itself
+    torch.manual_seed(args.seed)                                     # of weights that are not pretrained
     model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
     E = common.text_embeddings(model, tokenizer, root.classnames, root.templates)                  # (K, M, d)
     W_cls = torch.nn.Parameter(common.class_head(E))                                               # (K, d)
     W_ctx = context_head(E)                                                                        # (M, d)
-    del E
-    tau = model.logit_scale.exp().detach()
-    untuned = copy.deepcopy(model).requires_grad_(False) if args.lam else None                     # gives p0
+    del E                                                            # 160 MB of ImageNet's 1000 classes
+    tau = model.logit_scale.exp().detach()                                                         # scalar
+    untuned = copy.deepcopy(model).requires_grad_(False) if args.lam else None                     # makes u0
     model.requires_grad_(False).visual.requires_grad_(True)
     trained = [*model.visual.parameters(), W_cls]
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.wd, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     common.prepare_towers(model, args)
-    if untuned:
+    if args.lam:
         common.prepare_towers(untuned, args)
 
     # a new run, or the one that --out holds
     state, results = common.begin(args, root)
-    if "sets" in results:
+    if "sets" in results:                                            # finished
         return common.report(results)
-    if "zero_shot" not in results:                                   # before any training, so a broken set shows now
+    if "zero_shot" not in results:                                   # before training, which a broken set would waste
         results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device,
                                                head=W_cls.detach(), title="zero-shot")
         common.write_json(out("results.json"), results)
@@ -107,7 +108,7 @@ def main(argv=None):
         scaler.load_state_dict(state["scaler"])
     del state                                                        # as large as model and optimiser
 
-    # the loop; n of the N images of a batch are this process's own (without torchrun: all)
+    # the loop; each process has n = N / processes images of a batch
     prepare = common.to_input(model, device)
     loader = common.train_loader(root.train, preprocess_train, args, total, device, start)
     log = common.Log(args, root.train, total, start, "CAR-FT")
@@ -119,13 +120,13 @@ def main(argv=None):
 
         with common.autocast(device, args.precision):
             u = common.encode_image(model, images, args.accum)                                     # (n, d)
-        terms = {"cross_entropy": F.cross_entropy(tau * u @ W_cls.T, y)}
-        loss = terms["cross_entropy"]
+        terms = {"cross_entropy": F.cross_entropy(tau * u @ W_cls.T, y)}                           # of logits (n, K)
+        loss = terms["cross_entropy"]                                                              # scalar
         if args.lam:
             with torch.inference_mode(), common.autocast(device, args.precision):
                 u0 = common.encode_image(untuned, images, args.accum)                              # (n, d)
-            logits0, logits = tau * u0 @ W_ctx.T, tau * u @ W_ctx.T                                # (n, M)
-            terms["context_kl"] = context_kl(logits, logits0) if args.reverse_kl else context_kl(logits0, logits)
+            context0, context = tau * u0 @ W_ctx.T, tau * u @ W_ctx.T                              # logits (n, M)
+            terms["context_kl"] = context_kl(context, context0) if args.reverse_kl else context_kl(context0, context)
             loss = loss + args.lam * terms["context_kl"]
 
         optimizer.zero_grad()
@@ -134,7 +135,7 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
 
-        if log.step(step, lr, {"loss": loss, **terms}, index):       # every --save-every steps, at the end, on a signal
+        if log.step(step, lr, {"loss": loss, **terms}, index):       # true if a checkpoint is due
             log.save(step=step + 1, visual=model.visual.state_dict(), W_cls=W_cls.data,
                      optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     log.close()

@@ -909,14 +909,15 @@ class Batches:
             yield [(epoch, int(self.order(epoch)[i])) for epoch, i in places]
 
 
-def train_loader(images, preprocess, args, steps, device, start=0, batch_size=None):
+def train_loader(images, preprocess, args, steps, device, start=0, batch_size=None, seed=None):
     """Batches of (images uint8 (n, 3, S, S), labels (n,), indices (n,), draws (n,)) for steps start..steps-1.
 
     Images that cannot be read are named once, in images.bad too. Raises Abort where they are over 1 %.
     """
+    seed = args.seed if seed is None else seed
     loader = torch.utils.data.DataLoader(
-        TrainImages(images, preprocess, args.seed), num_workers=args.workers, pin_memory=device.type == "cuda",
-        batch_sampler=Batches(len(images), batch_size or args.batch_size, steps, args.seed, start),
+        TrainImages(images, preprocess, seed), num_workers=args.workers, pin_memory=device.type == "cuda",
+        batch_sampler=Batches(len(images), batch_size or args.batch_size, steps, seed, start),
         worker_init_fn=quiet_worker)
     for *batch, errors in loader:
         for error in set(errors) - {"", *images.bad}:

@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""Measurements, each printed with versions and hardware. Ratios come from runs that take turns in one process.
+"""Speed, memory and endurance, each printed with versions and hardware. Ratios: runs that take turns in one process.
 
-    python tests/bench.py recipe     # the toy: learning rate for all methods, chosen on training images held out
-    python tests/bench.py methods    # the toy: all methods over five seeds, and the papers' claims
     python tests/bench.py step       # each method's step against a peer's, and against the matrix rate (MFU)
     python tests/bench.py input      # decoding and cropping against open_clip's transform; the loader by workers
     python tests/bench.py head       # the zero-shot head against open_clip's builder
     python tests/bench.py eval       # evaluate.py's images/s, one model and three
     python tests/bench.py memory     # peak memory of a step by --accum and --grad-checkpointing
     python tests/bench.py activations  # what autograd keeps of an image, and what batches need: computed
+    python tests/bench.py bill       # operations of each method's step, and hours of an ImageNet run: computed
     python tests/bench.py index      # memory and time to index 1.28 million images
     python tests/bench.py client     # clip_benchmark, in an environment of its own, on an exported model
     python tests/bench.py soak       # runs killed again and again end as if they never were
 
-Runs of recipe and methods are kept in out/bench until the code changes; --jobs of them go on at once, one thread each.
+Accuracy and calibration are in tests/evidence.py.
 """
 import argparse
-import concurrent.futures
-import hashlib
 import json
 import os
 import platform
@@ -29,94 +26,12 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 REPO = os.path.dirname(HERE)
 sys.path[:0] = [HERE, REPO]
 
-METHODS = {"FT": ("carft.py", "--lam", "0"), "CAR-FT": ("carft.py",),
-           "FLYP": ("calft.py", "--oc", "0", "--sd", "0", "--cross-fnorm", "0"), "CaRot": ("calft.py",),
-           "ARF": ("anchor.py",)}
-
-
-def folder():
-    """Where runs are kept: by the content of the code that makes them."""
-    digest = hashlib.sha256()
-    for file in ("calft.py", "carft.py", "anchor.py", "common.py", "tests/toy.py", "tests/toy_clip.safetensors"):
-        with open(os.path.join(REPO, file), "rb") as f:
-            digest.update(f.read())
-    return os.path.join(REPO, "out", "bench", digest.hexdigest()[:8])
-
-
-def run(name, command):
-    """Run a script with its output in out/bench/<name>; its results.json."""
-    out = os.path.join(folder(), name)
-    os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "stderr.txt"), "w") as err:
-        done = subprocess.run([sys.executable, os.path.join(REPO, command[0]), *command[1:], "--out", out], cwd=REPO,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=err)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed: {open(os.path.join(out, 'stderr.txt')).read()[-2000:]}")
-    print(f"  {name}", file=sys.stderr)
-    return json.load(open(os.path.join(out, "results.json")))
-
-
-def run_all(jobs, commands):
-    """{name: command} -> {name: results}, `jobs` at a time."""
-    import toy
-    toy.build()                                                  # once, and not by every job
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        return dict(zip(commands, pool.map(run, commands, commands.values())))
-
 
 def system():
     import torch
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?") \
         if os.path.exists("/proc/cpuinfo") else platform.processor()
     return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
-
-
-def recipe(jobs):
-    """FT and FLYP at several learning rates, scored on a fifth of the training images. No val, no shift, no method."""
-    import toy
-    toy.build()
-    root = os.path.join(folder(), "train_only")                  # a ROOT without val: the scripts hold images out
-    os.makedirs(root, exist_ok=True)
-    if not os.path.lexists(os.path.join(root, "train")):
-        os.symlink(os.path.join(toy.where(), "root", "train"), os.path.join(root, "train"))
-    shared = toy.defaults()
-    base = ["--data", root, "--workers", "0"]
-    for flag in ("model", "epochs", "batch_size", "warmup"):
-        base += [f"--{flag.replace('_', '-')}", str(shared[flag])]
-    names = {(m, lr): f"recipe-{m}-{lr}" for m in ("FT", "FLYP") for lr in ("3e-5", "1e-4", "3e-4", "1e-3")}
-    results = run_all(jobs, {n: [*METHODS[m], *base, "--lr", lr] for (m, lr), n in names.items()})
-    print(f"Top-1 on held-out training images by learning rate; {system()}")
-    rates = list(dict.fromkeys(lr for _, lr in names))
-    for row in (["FT"], ["FLYP"], ["FT", "FLYP"]):
-        top1 = {lr: statistics.mean(results[names[m, lr]]["sets"]["val"]["top1"] for m in row) for lr in rates}
-        best, n = max(top1.values()), results[names["FT", "1e-3"]]["sets"]["val"]["n"]
-        error = (best * (1 - best) / n) ** 0.5                   # of one model: both see the same images
-        print(f"{' and '.join(row):<12}" + "".join(f"{lr:>8}: {100 * t:.2f}" for lr, t in top1.items())
-              + f"   standard error {100 * error:.2f}; the smallest rate within it of the best: "
-              + next(lr for lr, t in top1.items() if t >= best - error))
-
-
-def methods(jobs, seeds):
-    results = run_all(jobs, {f"{m}-{s}": [*METHODS[m], "--seed", str(s)] for s in range(seeds) for m in METHODS})
-    measures = {"val top-1": lambda r: r["sets"]["val"]["top1"], "shift top-1": lambda r: r["shift_mean"]["top1"],
-                "unseen top-1": lambda r: r["sets"]["unseen"]["top1"], "val ECE": lambda r: r["sets"]["val"]["ece"],
-                "shift ECE": lambda r: r["shift_mean"]["ece"]}
-    rows = {m: {k: [100 * f(results[f"{m}-{s}"]) for s in range(seeds)] for k, f in measures.items()} for m in METHODS}
-
-    def cell(values):
-        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-    print(f"The toy, {seeds} seeds, mean ± standard deviation in percent; {system()}\n")
-    print(f"{'':<10}" + "".join(f"{k:>14}" for k in measures))
-    zero_shot = results["FT-0"]["zero_shot"]
-    print(f"{'zero-shot':<10}" + "".join(f"{100 * f(zero_shot):>14.1f}" for f in measures.values()))
-    for m, row in rows.items():
-        print(f"{m:<10}" + "".join(f"{cell(values):>14}" for values in row.values()))
-    print("\nThe papers' claims, as differences by seed:")
-    for a, b, k, better in (("CAR-FT", "FT", "shift top-1", 1), ("CaRot", "FLYP", "shift top-1", 1), ("CaRot", "FLYP", "shift ECE", -1),
-                            ("ARF", "FLYP", "shift top-1", 1), ("ARF", "FLYP", "unseen top-1", 1)):
-        d = [x - y for x, y in zip(rows[a][k], rows[b][k])]
-        print(f"{a + ' over ' + b:<18}{k:<14}{statistics.mean(d):+6.1f} ± {statistics.stdev(d):.1f}   "
-              f"better in {sum(better * x > 0 for x in d)} of {seeds} seeds")
 
 
 # ---- speed
@@ -221,10 +136,31 @@ def tokens_dim(model):
     return getattr(model, "text", model).text_projection.shape[1]
 
 
+def operations(name, model, batch, precision, device):
+    """Floating point operations of one step of method `name`, as torch counts them."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    counter = FlopCounterMode(display=False)
+    torch.backends.mha.set_fastpath_enabled(False)               # its one fused operation is not counted
+    with counter:
+        make_steps(name, model, batch, precision, device, False, peer=False)()
+    torch.backends.mha.set_fastpath_enabled(True)
+    return counter.get_total_flops()
+
+
+def bench_bill(args):
+    """What ten epochs of ImageNet cost on an H100, from the operations of a step: computed, not measured."""
+    images, rate = 10 * 1_281_167, 0.4 * 989e12                  # 40 % of an H100's dense bf16 peak
+    print(f"GFLOP an image, and hours on one H100 at 40 % of its 989 TFLOP/s in bf16; {system()}")
+    for model in [args.model] if args.model else ["ViT-B-16", "ViT-L-14", "RN50"]:
+        work = {name: operations(name, model, 2, "fp32", device_of()) / 2 for name in ("FT", "CAR-FT", "FLYP", "CaRot", "ARF")}
+        print(f"{model:<10}" + "".join(f"{m:>8} {w / 1e9:.0f}, {w * images / rate / 3600:.1f} h" for m, w in work.items()),
+              flush=True)
+
+
 def bench_step(args):
     """Images a second of each method's step, the ratio to a peer's, and the share of the measured matrix rate."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
     device = device_of()
     model, batch, precision = ("ViT-B-16", 512, "bf16") if device.type == "cuda" else ("ViT-B-32", 16, "fp32")
     model, batch = args.model or model, args.batch_size or batch
@@ -238,12 +174,7 @@ def bench_step(args):
     for name in ("FT", "CAR-FT", "FLYP", "CaRot", "ARF"):
         ours = make_steps(name, model, batch, precision, device, args.compile, peer=False)
         peer = make_steps(name, model, batch, precision, device, args.compile, peer=True)
-        counter = FlopCounterMode(display=False)
-        torch.backends.mha.set_fastpath_enabled(False)           # its one fused operation is not counted
-        with counter:
-            make_steps(name, model, batch, precision, device, False, peer=False)()
-        torch.backends.mha.set_fastpath_enabled(True)
-        work = counter.get_total_flops()
+        work = operations(name, model, batch, precision, device)
         t = take_turns({"ours": ours, "peer": peer}, args.rounds, device)
         ft = ft or t["ours"]
         print(f"{name:<8}{batch / t['ours']:>10.1f}{batch / t['peer']:>10.1f}{t['peer'] / t['ours']:>8.2f}"
@@ -560,22 +491,14 @@ def bench_soak(args):
 
 if __name__ == "__main__":
     benches = {"step": bench_step, "input": bench_input, "head": bench_head, "eval": bench_eval, "memory": bench_memory,
-               "activations": bench_activations, "index": bench_index, "client": bench_client, "soak": bench_soak}
+               "activations": bench_activations, "bill": bench_bill,
+               "index": bench_index, "client": bench_client, "soak": bench_soak}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["recipe", "methods", *benches])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="recipe, methods: runs at a time")
-    parser.add_argument("--seeds", type=int, default=5, help="methods: seeds")
+    parser.add_argument("what", choices=list(benches))
     parser.add_argument("--rounds", type=int, default=7, help="turns that each of the compared takes")
     parser.add_argument("--model", help="step, memory: open_clip's name")
     parser.add_argument("--batch-size", type=int, help="step, memory")
     parser.add_argument("--kills", type=int, default=100, help="soak: kills in all")
     parser.add_argument("--compile", action="store_true", help="step: compile our towers")
     args = parser.parse_args()
-    if args.seeds < 2:
-        parser.error("--seeds must be at least 2, for a standard deviation")
-    if args.what == "recipe":
-        recipe(args.jobs)
-    elif args.what == "methods":
-        methods(args.jobs, args.seeds)
-    else:
-        benches[args.what](args)
+    benches[args.what](args)

@@ -1,0 +1,255 @@
+"""The README's tables of accuracy and calibration. Every run is the script's own, in a process of its own.
+
+    python tests/evidence.py toy        # all methods on the toy, and the papers' claims as differences by seed
+    python tests/evidence.py ablations  # the toy: one choice of a method changed at a time, against the method as it is
+    python tests/evidence.py recipe     # the toy: its learning rate, chosen on training images held out
+    python tests/evidence.py pacs --root ROOT --model local-dir:CLIP --pool pool.tsv
+
+`pacs` is for a small CLIP and a ROOT of real images, as tests/pretrain.py makes them of PACS and CIFAR-10: each method's
+learning rate is chosen on training images held out, then all methods run over the seeds, and evaluate.py gives WiSE-FT's
+curves. Finished runs are kept in --out and not repeated; --jobs of them go on at once, one thread each.
+"""
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+REPO = os.path.dirname(HERE)
+sys.path[:0] = [HERE, REPO]
+
+METHODS = {"FT": ("carft.py", "--lam", "0"), "CAR-FT": ("carft.py",),
+           "FLYP": ("calft.py", "--oc", "0", "--sd", "0", "--cross-fnorm", "0"), "CaRot": ("calft.py",),
+           "ARF": ("anchor.py",)}
+
+# what changes -> the script, its flags, and what no flag changes: a statement that runs before main()
+ABLATIONS = {
+    "CaRot": {
+        "orthogonality alone": ("--sd", "0", "--cross-fnorm", "0"),
+        "self-distillation alone": ("--oc", "0", "--cross-fnorm", "0"),
+        "cross-Frobenius alone": ("--oc", "0", "--sd", "0"),
+        "no cross-Frobenius term": ("--cross-fnorm", "0"),
+        "L_oc squared, as in the paper": "f = calft.orthogonality; calft.orthogonality = lambda W: f(W) ** 2",
+        "teacher moves every step": ("--ema-every", "1"),
+        "teacher moves at step 0 only": ("--ema-every", "100000"),
+        "m = 0.9 from the start": "calft.ema_momentum = lambda step, total: 0.9",
+        "m = 0.99 from the start": "calft.ema_momentum = lambda step, total: 0.99",
+    },
+    "CAR-FT": {
+        "KL(p || p0)": ("--reverse-kl",),
+        "lam 0.3": ("--lam", "0.3"),
+        "lam 3": ("--lam", "3"),
+    },
+    "ARF": {
+        "captions alone": ("--ret", "0"),
+        "retrieved pairs alone": ("--cap", "0"),
+        "k = 8": ("--k", "8"),
+    },
+}
+
+
+def run(args, name, command):
+    """Run `command`, (script, flags ...), with its output in --out/<name>, unless it is there; its results.json."""
+    out = os.path.join(args.out, name.replace(" ", "_").replace("/", "_"))
+    done = os.path.join(out, "results.json")
+    if not (os.path.isfile(done) and "sets" in json.load(open(done))):
+        os.makedirs(out, exist_ok=True)
+        script, flags = command[0][:-3], [c for c in command[1:] if " = " not in c]
+        patch = "; ".join(c for c in command[1:] if " = " in c)
+        code = f"import sys, {script}; {patch}\n{script}.main(sys.argv[1:])"
+        with open(os.path.join(out, "stderr.txt"), "w") as err:
+            ended = subprocess.run([sys.executable, "-c", code, *flags, "--out", out], cwd=REPO, stderr=err,
+                                   stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if ended.returncode:
+            sys.exit(f"{name} failed: {open(os.path.join(out, 'stderr.txt')).read()[-2000:]}")
+        if os.path.isfile(os.path.join(out, "last.pt")):
+            os.remove(os.path.join(out, "last.pt"))              # of a finished run, and the largest file
+        print(f"  {name}", file=sys.stderr)
+    return json.load(open(done))
+
+
+def run_all(args, commands):
+    """{name: command} -> {name: results}, --jobs at a time."""
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        return dict(zip(commands, pool.map(lambda name: run(args, name, commands[name]), commands)))
+
+
+def system():
+    import open_clip
+    import torch
+    import torchvision
+    cpu = open("/proc/cpuinfo").read().split("model name\t: ", 1)[1].split("\n")[0]
+    return (f"{cpu}, {os.cpu_count()} cores, float32; Python {sys.version.split()[0]}, torch {torch.__version__}, "
+            f"torchvision {torchvision.__version__}, open_clip {open_clip.__version__}")
+
+
+def cell(values):
+    """Mean ± standard deviation, values in fractions, text in percent."""
+    values = [100 * v for v in values]
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def markdown(head, rows):
+    print("| | " + " | ".join(head) + " |\n|" + "---|" * (len(head) + 1))
+    for name, cells in rows.items():
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def claims(rows, pairs, seeds):
+    """Paired differences over seeds. rows: {method: {measure: [value by seed]}}."""
+    print("\nDifferences by seed:")
+    for a, b, measure, better in pairs:
+        d = [100 * (x - y) for x, y in zip(rows[a][measure], rows[b][measure])]
+        print(f"{a + ' over ' + b:<16}{measure:<16}{statistics.mean(d):+6.1f} ± {statistics.stdev(d):.1f}   "
+              f"better in {sum(better * x > 0 for x in d)} of {seeds} seeds")
+
+
+MEASURES = {"val top-1": lambda r: r["sets"]["val"]["top1"], "shift top-1": lambda r: r["shift_mean"]["top1"],
+            "unseen top-1": lambda r: r["sets"]["unseen"]["top1"], "val ECE": lambda r: r["sets"]["val"]["ece"],
+            "shift ECE": lambda r: r["shift_mean"]["ece"]}
+
+
+def toy_runs(args, commands):
+    """{method: (script, flags ...)} on the toy over the seeds: {method: {measure: [value by seed]}}, and a result."""
+    import toy
+    toy.build()                                                  # once, and not by every job
+    names = {f"{m}-{s}": [c[0], "--seed", str(s), *c[1:]] for s in range(args.seeds) for m, c in commands.items()}
+    results = run_all(args, names)
+    return {m: {k: [f(results[f"{m}-{s}"]) for s in range(args.seeds)] for k, f in MEASURES.items()}
+            for m in commands}, next(iter(results.values()))
+
+
+def toy(args):
+    rows, one = toy_runs(args, METHODS)
+    print(f"The toy, {args.seeds} seeds, mean ± standard deviation in percent; {system()}\n")
+    zero_shot = {"zero-shot": [cell([f(one["zero_shot"])]) for f in MEASURES.values()]}
+    markdown(list(MEASURES), {**zero_shot, **{m: [cell(v) for v in row.values()] for m, row in rows.items()}})
+    claims(rows, [("CAR-FT", "FT", "shift top-1", 1), ("CaRot", "FLYP", "shift top-1", 1),
+                  ("CaRot", "FLYP", "shift ECE", -1), ("ARF", "FLYP", "shift top-1", 1),
+                  ("ARF", "FLYP", "unseen top-1", 1)], args.seeds)
+
+
+def ablations(args):
+    commands = {}
+    for method, variants in ABLATIONS.items():
+        commands[method] = METHODS[method]
+        for what, change in variants.items():
+            commands[f"{method}, {what}"] = (*METHODS[method], *([change] if isinstance(change, str) else change))
+    rows, _ = toy_runs(args, commands)
+    print(f"The toy, {args.seeds} seeds, mean ± standard deviation in percent; below each method, what one change "
+          f"adds, by seed; {system()}\n")
+    shown = {}
+    for name, row in rows.items():
+        method, _, what = name.partition(", ")
+        shown[f"**{method}**" if not what else what] = [
+            cell(row[k]) if not what else "%+.1f ± %.1f" % (
+                statistics.mean(d := [100 * (x - y) for x, y in zip(row[k], rows[method][k])]), statistics.stdev(d))
+            for k in MEASURES]
+    markdown(list(MEASURES), shown)
+
+
+def recipe(args):
+    """FT and FLYP at several learning rates, scored on a fifth of the training images. No val, no shift, no method."""
+    import toy
+    toy.build()
+    shared = toy.defaults()
+    flags = ["--data", train_alone(args, os.path.join(toy.where(), "root")), "--workers", "0"]
+    for flag in ("model", "epochs", "batch_size", "warmup"):
+        flags += [f"--{flag.replace('_', '-')}", str(shared[flag])]
+    rates = ("3e-5", "1e-4", "3e-4", "1e-3")
+    names = {(m, lr): f"recipe-{m}-{lr}" for m in ("FT", "FLYP") for lr in rates}
+    results = run_all(args, {n: [*METHODS[m], *flags, "--lr", lr] for (m, lr), n in names.items()})
+    print(f"Top-1 on held-out training images by learning rate; {system()}")
+    for row in (["FT"], ["FLYP"], ["FT", "FLYP"]):
+        top1 = {lr: statistics.mean(results[names[m, lr]]["sets"]["val"]["top1"] for m in row) for lr in rates}
+        best, n = max(top1.values()), results[names["FT", "1e-3"]]["sets"]["val"]["n"]
+        error = (best * (1 - best) / n) ** 0.5                   # of one model: both see the same images
+        print(f"{' and '.join(row):<12}" + "".join(f"{lr:>8}: {100 * t:.2f}" for lr, t in top1.items())
+              + f"   standard error {100 * error:.2f}; the smallest rate within it of the best: "
+              + next(lr for lr, t in top1.items() if t >= best - error))
+
+
+def train_alone(args, root):
+    """A ROOT with the training folder of `root` and no val, so that the scripts hold images out."""
+    alone = os.path.join(args.out, "train_alone")
+    os.makedirs(alone, exist_ok=True)
+    if not os.path.lexists(os.path.join(alone, "train")):
+        os.symlink(os.path.abspath(os.path.join(root, "train")), os.path.join(alone, "train"))
+    return alone
+
+
+RATES, SPLITS = ("3e-5", "1e-4", "3e-4", "1e-3"), 2              # trials of each method: 8
+
+
+def pacs(args):
+    steps = args.epochs * sum(len(f) for _, _, f in os.walk(os.path.join(args.root, "train"))) // 64
+    shared = ["--model", args.model, "--batch-size", "64", "--epochs", str(args.epochs), "--workers", "0",
+              "--warmup", str(steps // 10), "--save-every", "100000"]
+    own = {m: ["--ema-every", str(steps // 50)] if m == "CaRot" else ["--pool", args.pool] if m == "ARF" else []
+           for m in METHODS}                                     # 50 updates of the teacher, as on ImageNet
+    alone = train_alone(args, args.root)
+    trials = run_all(args, {f"trial-{m}-{lr}-{s}": [
+        *METHODS[m], *own[m], *shared, "--data", alone, "--lr", lr, "--seed", str(s)]
+        for s in range(SPLITS) for lr in RATES for m in METHODS})
+    held = {m: {lr: statistics.mean(trials[f"trial-{m}-{lr}-{s}"]["sets"]["val"]["top1"] for s in range(SPLITS))
+                for lr in RATES} for m in METHODS}
+    chosen = {m: max(RATES, key=held[m].get) for m in METHODS}   # of equals the smallest
+    print(f"{args.root} by {args.model}: {args.epochs} epochs of batches of 64; {system()}\n\nTop-1 on a fifth of the "
+          f"training images, held out; mean of {SPLITS} splits. {len(RATES) * SPLITS} trials of each method:\n")
+    markdown(RATES, {m: [f"**{100 * t:.1f}**" if lr == chosen[m] else f"{100 * t:.1f}" for lr, t in held[m].items()]
+                     for m in METHODS})
+
+    results = run_all(args, {f"{m}-{s}": [
+        *METHODS[m], *own[m], *shared, "--data", args.root, "--lr", chosen[m], "--seed", str(s)]
+        for s in range(args.seeds) for m in METHODS})
+    one = results["FT-0"]["zero_shot"]
+    names = list(one["sets"])
+    print(f"\n{args.seeds} seeds, mean ± standard deviation in percent ({', '.join(n for n in names if one['sets'][n]['head'] == 'zero-shot')}: "
+          "classes not trained on)")
+    rows = {}
+    for measure in ("top1", "ece"):
+        get = {**{n: lambda r, n=n: r["sets"][n][measure] for n in names}, "shift mean": lambda r: r["shift_mean"][measure]}
+        table = {"zero-shot": [cell([f(one)]) for f in get.values()]}
+        for m in METHODS:
+            values = {k: [f(results[f"{m}-{s}"]) for s in range(args.seeds)] for k, f in get.items()}
+            table[m] = [cell(v) for v in values.values()]
+            rows.setdefault(m, {}).update({f"{k} {measure}": v for k, v in values.items()})
+        print(f"\n{'Top-1' if measure == 'top1' else 'ECE'}:\n")
+        markdown(list(get), table)
+    claims(rows, [(a, b, f"{k} {measure}", 1 if measure == "top1" else -1)
+                  for a, b in (("CAR-FT", "FT"), ("CaRot", "FLYP"), ("ARF", "FLYP"))
+                  for measure in ("top1", "ece") for k in ("val", "shift mean", names[-1])], args.seeds)
+
+    print(f"\nWiSE-FT: val / shift mean / {names[-1]}, top-1 by weight of the tuned model, mean over the seeds\n")
+    weights, table = ("0", "0.25", "0.5", "0.75", "1"), {}
+    for m in METHODS:
+        out = os.path.join(args.out, f"wise-{m}")
+        if not os.path.isfile(os.path.join(out, "results.json")):
+            subprocess.run([sys.executable, "evaluate.py", "--data", args.root, "--workers", "0", "--out", out, "--model",
+                            *(os.path.join(args.out, f"{m}-{s}") for s in range(args.seeds)), "--wise", *weights],
+                           cwd=REPO, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        found = [c for c in json.load(open(os.path.join(out, "results.json"))).values() if "runs" not in c]
+        at = {w: [c for c in found if c["alpha"] == float(w)] for w in weights}
+        table[m] = [" / ".join(f"{100 * statistics.mean(f(c) for c in at[w]):.1f}" for f in (
+            lambda c: c["sets"]["val"]["top1"], lambda c: c["shift_mean"]["top1"],
+            lambda c: c["sets"][names[-1]]["top1"])) for w in weights]
+    markdown(weights, table)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["toy", "ablations", "recipe", "pacs"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
+    parser.add_argument("--out", help="where runs are kept (default: out/evidence/WHAT)")
+    parser.add_argument("--root", help="pacs: the ROOT")
+    parser.add_argument("--model", help="pacs: the CLIP, local-dir:PATH")
+    parser.add_argument("--pool", help="pacs: image-text pairs for ARF, which has no captions there")
+    parser.add_argument("--epochs", type=int, default=10, help="pacs: passes over the training images")
+    args = parser.parse_args()
+    args.out = os.path.abspath(args.out or os.path.join(REPO, "out", "evidence", "toy" if args.what == "ablations"
+                                                        else args.what))
+    globals()[args.what](args)
