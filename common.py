@@ -176,17 +176,13 @@ def parse(parser, device, argv=None):
         known = {action.dest for action in parser._actions}
         parser.set_defaults(**{k: v for k, v in toy.defaults().items() if k in known})
         args = parser.parse_args(argv)
-    for name in ("batch_size", "epochs", "max_steps", "log_every", "save_every", "ema_every", "k", "workers",
-                 "seed", "accum"):
-        value, least = getattr(args, name, None), 0 if name in ("workers", "seed") else 1
-        if value is not None and value < least:
-            raise Abort(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if args.seed >= 2 ** 63:
-        raise Abort(f"--seed must be less than 2^63, not {args.seed}")
-    for name in ("lr", "warmup", "wd", "oc", "sd", "cross_fnorm", "lam", "cap", "ret"):
-        value = getattr(args, name, 0)
-        if not 0 <= value < math.inf:
-            raise Abort(f"--{name.replace('_', '-')} must be a finite number and at least 0, not {value}")
+    least = {0: ("workers", "seed", "lr", "warmup", "wd", "oc", "sd", "cross_fnorm", "lam", "cap", "ret"),
+             1: ("batch_size", "epochs", "max_steps", "log_every", "save_every", "ema_every", "k", "accum")}
+    for low, name in [(low, name) for low, names in least.items() for name in names]:
+        value = getattr(args, name, None)
+        if value is not None and not low <= value < (2 ** 63 if name == "seed" else math.inf):
+            raise Abort(f"--{name.replace('_', '-')} must be a finite number and at least {low}, not {value}"
+                        + " (and less than 2^63)" * (name == "seed"))
     name, folder = _split_name(args.data)
     args.data = f"{name}:{folder}" if name else os.path.abspath(folder)
     if not 0 < args.val_frac < 1:
@@ -621,6 +617,12 @@ def _torchvision(path, part, title):
     return images
 
 
+def _open(path, base, part, name=None):
+    """The Images of a class folder (relative to base or not), or of split `part` of NAME:FOLDER, called `name`."""
+    own, _ = _split_name(path)
+    return _torchvision(path, part, name or own) if own else _scan(os.path.join(base, path), base, name)
+
+
 def read_lines(path):
     """The lines of a text file. Raises Abort."""
     try:
@@ -717,7 +719,7 @@ def _objectnet(path, root, name):
 def _eval_sets(path, root, classnames_root, name=None):
     """The evaluation sets of a folder: itself, or those of its subfolders (ImageNet-C's corruption/severity/class)."""
     if _split_name(path)[0]:
-        return [_match(_torchvision(path, 2, name or _split_name(path)[0]), root, None)]
+        return [_match(_open(path, root.base, 2, name), root, None)]
     if os.path.basename(os.path.normpath(path)) == "images" and os.path.isdir(os.path.join(path, "..", "mappings")):
         path = os.path.dirname(os.path.abspath(path))                # of ObjectNet, the folder above is meant
     name = name or os.path.basename(os.path.normpath(path))
@@ -751,17 +753,15 @@ def read_root(args, need_train=True):
         raise Abort(f"--data {args.data} is not a folder" + (
             f", and torchvision's sets are {', '.join(SETS)}" if ":" in args.data else ""))
     root.base = base
-    where = lambda d: d if os.path.isabs(d) or _split_name(d)[0] else os.path.join(base, d)
-    scan = lambda d, part, *name: (_torchvision(d, part, *name or ["train"]) if _split_name(d)[0] else
-                                   _scan(where(d), base, *name))
-    train_folders, val = [args.data] if own and args.train == ["train"] else args.train, val_folder(args.data, args.val)
-    missing = [d for d in train_folders if not _split_name(d)[0] and not os.path.isdir(where(d))]
-    for d in missing:
-        if need_train or val is None:
-            raise Abort(f"--data {base} has no folder {d} (expected {where(d)}/<class>/*.jpg; --train names another)")
+    where = lambda d: d if _split_name(d)[0] else os.path.join(base, d)
+    folders, val = [args.data] if own and args.train == ["train"] else args.train, val_folder(args.data, args.val)
+    missing = [d for d in folders if not _split_name(d)[0] and not os.path.isdir(where(d))]
+    if missing and (need_train or val is None):
+        raise Abort(f"--data {base} has no folder {missing[0]} (expected {where(missing[0])}/<class>/*.jpg; --train "
+                    "names another)")
 
     if need_train or val is None:
-        parts = [scan(d, 0) for d in train_folders]
+        parts = [_open(d, base, 0) for d in folders]
         root.classes = sorted(set().union(*(p.classes for p in parts)))
         labels = [[root.classes.index(c) for c in p.classes] for p in parts]
         groups = [p.labels + 10**6 * i for i, p in enumerate(parts)]                 # a class of a training folder
@@ -771,10 +771,9 @@ def read_root(args, need_train=True):
         train = Images("train", base, np.concatenate(files), np.concatenate(
             [np.take(lab, p.labels) for lab, p in zip(labels, parts)]), root.classes, pixels=pixels)
     else:
-        folders = [val] if missing else train_folders
-        root.classes = sorted(set().union(*(
-            _torchvision(d, 0, "train").classes if _split_name(d)[0] else _subfolders(where(d)) for d in folders)))
-        train = None
+        of_classes = [_torchvision(d, 0, "train").classes if _split_name(d)[0] else _subfolders(where(d))
+                      for d in ([val] if missing else folders)]
+        root.classes, train = sorted(set().union(*of_classes)), None
     if len(root.classes) < 2:
         raise Abort(f"{where(args.train[0])} holds {len(root.classes)} class folder(s); classification needs two")
     root.classnames, root.templates = _classnames(root.classes, base), _templates(base)
@@ -782,7 +781,7 @@ def read_root(args, need_train=True):
         train.classnames = root.classnames
 
     if val is not None:
-        root.val = scan(val, 1, "val")
+        root.val = _open(val, base, 1, "val")
         lacking = sorted(set(root.val.classes) - set(root.classes))
         if lacking:
             raise Abort(f"--val {where(val)} has classes that training lacks: {', '.join(lacking[:5])}"
@@ -803,7 +802,7 @@ def read_root(args, need_train=True):
     root.val.classes, root.val.classnames = root.classes, root.classnames
     root.val.columns = [[k] for k in range(len(root.classes))]       # val is never scored on a subset of the classes
 
-    used = {os.path.realpath(where(d)) for d in [*train_folders, val or "train"]}
+    used = {os.path.realpath(where(d)) for d in [*folders, val or "train"]}
     others = [] if own else [where(d) for d in _subfolders(base) if os.path.realpath(where(d)) not in used]
     shifts = [d for d in others if _is_image_folder(d) or os.path.isdir(os.path.join(d, "mappings"))]
     if rank_world()[0] == 0:

@@ -37,6 +37,32 @@ def write_cifar10(folder, monkeypatch, n=5):
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
 
 
+def write_cifar100(folder, monkeypatch, n=4):
+    """A training and a test file of n images of each of 100 classes, pickled as they are distributed."""
+    base, rng = folder / "cifar-100-python", np.random.default_rng(0)
+    base.mkdir(parents=True)
+
+    def dump(name, content):
+        (base / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
+    for kind in ("train", "test"):
+        content = {"data": rng.integers(0, 256, (100 * n, 3072), dtype=np.uint8), "fine_labels": list(range(100)) * n}
+        monkeypatch.setattr(torchvision.datasets.CIFAR100, f"{kind}_list", [dump(kind, content)])
+    name, md5 = dump("meta", {"fine_label_names": [f"thing {k}" for k in range(100)]})
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "meta", {"filename": name, "key": "fine_label_names", "md5": md5})
+
+
+def write_food101(folder):
+    base = folder / "food-101"
+    (base / "meta").mkdir(parents=True)
+    for s, split in enumerate(("train", "test")):
+        listed = {kind: [f"{kind}/{10 * s + i}" for i in range(5 - s)] for kind in ("apple_pie", "waffles")}
+        for k, files in enumerate(listed.values()):
+            for i, file in enumerate(files):
+                write_jpeg(base / "images" / f"{file}.jpg", 1000 + 100 * s + 10 * k + i)
+        (base / "meta" / f"{split}.json").write_text(json.dumps(listed))
+
+
 def write_jpeg(path, seed):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), dtype=np.uint8)
@@ -84,6 +110,8 @@ def sets(tmp_path, monkeypatch):
     write_pets(tmp_path / "sets")
     write_dtd(tmp_path / "sets")
     write_aircraft(tmp_path / "sets")
+    write_cifar100(tmp_path / "sets", monkeypatch)
+    write_food101(tmp_path / "sets")
     return tmp_path / "sets"
 
 
@@ -96,13 +124,15 @@ def assert_is(images, dataset, names):
 
 
 def test_evaluated_by_their_test_split(sets, tiny_root):
-    root = read(tiny_root, eval=[f"{name}:{sets}" for name in ("cifar10", "pets", "dtd", "aircraft")])
+    root = read(tiny_root, eval=[f"{name}:{sets}" for name in ("cifar10", "pets", "dtd", "aircraft", "cifar100", "food101")])
     found = {s.name: s for s in root.shifts}
     ours = torchvision.datasets
     assert_is(found["cifar10"], ours.CIFAR10(sets, train=False), TEN)
     assert_is(found["pets"], ours.OxfordIIITPet(sets, "test"), ["Abyssinian", "American Bulldog", "Egyptian Mau"])
     assert_is(found["dtd"], ours.DTD(sets, "test"), ["banded", "polka-dotted", "zigzagged"])
     assert_is(found["aircraft"], ours.FGVCAircraft(sets, "test"), ["707-320", "A300B4", "DC-10"])
+    assert_is(found["cifar100"], ours.CIFAR100(sets, train=False), [f"thing {k}" for k in range(100)])
+    assert_is(found["food101"], ours.Food101(sets, "test"), ["apple pie", "waffles"])
     assert found["pets"].columns is None and found["pets"].templates == ["a photo of a {}, a type of pet."]
 
 
@@ -178,7 +208,7 @@ def test_what_is_missing_is_said(sets, tiny_root, tmp_path, monkeypatch, capsys)
     fails("stl10:", "not a folder", eval=[f"stl10:{sets}"])
     fails("no val split", val=f"pets:{sets}")
     monkeypatch.setattr(torchvision.datasets.Food101, "_download", lambda self: (_ for _ in ()).throw(OSError("no network")))
-    fails("Food101", str(sets), "no network", eval=[f"food101:{sets}"])
+    fails("Food101", str(tmp_path), "no network", eval=[f"food101:{tmp_path}"])
     assert "downloading" in capsys.readouterr().out
     find_spec = common.importlib.util.find_spec
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None if name == "scipy" else find_spec(name))
