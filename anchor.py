@@ -318,13 +318,8 @@ def main(argv=None):
         captions = read_captions(args.captions, root.train)
     if use_ret:                                                      # by the untuned model, so before a state is loaded
         pairs = retrieved_pairs(pool, root.train, model, preprocess_val, args, device)
-    start = 0
-    if state:
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    del state                                                        # as large as model and optimiser
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    start = common.restore(state, parts)
 
     # the loop; each process has n = N / processes images of a batch, and r = R / processes pairs
     M, prepare = len(root.templates), common.to_input(model, device)
@@ -374,8 +369,7 @@ def main(argv=None):
             model.logit_scale.clamp_(max=math.log(100))              # CLIP's own bound
 
         if log.step(step, lr, {"loss": loss, **terms}, index):       # true if a checkpoint is due
-            log.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict())
+            log.save(step + 1, parts)
     log.close()
 
     # export first: whatever evaluation stumbles over, the model is there

@@ -128,15 +128,8 @@ def main(argv=None):
     if "zero_shot" not in results:                                   # before training, which a broken set would waste
         results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device, title="zero-shot")
         common.write_json(out("results.json"), results)
-    start = 0
-    if state:
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if args.sd:
-            teacher.load_state_dict(state["teacher"])
-    del state                                                        # as large as model and optimiser
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, **({"teacher": teacher} if args.sd else {})}
+    start = common.restore(state, parts)
 
     # the loop; each process has n = N / processes images of a batch
     prepare = common.to_input(model, device)
@@ -181,8 +174,7 @@ def main(argv=None):
             update_teacher(teacher, model, ema_momentum(step, total))
 
         if log.step(step, lr, {"loss": loss, **terms}, index):       # true if a checkpoint is due
-            log.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                     scaler=scaler.state_dict(), teacher=teacher.state_dict() if args.sd else {})
+            log.save(step + 1, parts)
     log.close()
 
     # export first: whatever evaluation stumbles over, the model is there

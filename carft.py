@@ -99,14 +99,8 @@ def main(argv=None):
         results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device,
                                                head=W_cls.detach(), title="zero-shot")
         common.write_json(out("results.json"), results)
-    start = 0
-    if state:
-        start = state["step"]
-        model.visual.load_state_dict(state["visual"])
-        W_cls.data.copy_(state["W_cls"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    del state                                                        # as large as model and optimiser
+    parts = {"visual": model.visual, "head": torch.nn.ParameterList([W_cls]), "optimizer": optimizer, "scaler": scaler}
+    start = common.restore(state, parts)
 
     # the loop; each process has n = N / processes images of a batch
     prepare = common.to_input(model, device)
@@ -136,8 +130,7 @@ def main(argv=None):
         scaler.update()
 
         if log.step(step, lr, {"loss": loss, **terms}, index):       # true if a checkpoint is due
-            log.save(step=step + 1, visual=model.visual.state_dict(), W_cls=W_cls.data,
-                     optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            log.save(step + 1, parts)
     log.close()
 
     # export first: whatever evaluation stumbles over, the model is there

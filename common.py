@@ -1259,20 +1259,24 @@ class Log:
             with open(os.path.join(self.args.out, "log.jsonl"), "a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    def save(self, **state):
-        """Write last.pt, atomically, by the first process; then leave if a signal asked for it. Raises Abort."""
+    def save(self, step, parts):
+        """Write last.pt, atomically, by the first process; then leave if a signal asked for it. Raises Abort.
+
+        step: how many are done; parts: {name: what has a state_dict}, for `restore`.
+        """
         if rank_world()[0] == 0:
+            state = {name: part.state_dict() for name, part in parts.items()}
             if not all(t.isfinite().all() for t in _tensors(state)):
-                raise Abort(f"weights are not finite after step {state['step'] - 1}; {self.args.out} keeps the last "
-                            "good checkpoint", code=1)
+                raise Abort(f"weights are not finite after step {step - 1}; {self.args.out} keeps the last good "
+                            "checkpoint", code=1)
             with replacing(os.path.join(self.args.out, "last.pt")) as f:
-                torch.save({**state, "bad": self.images.bad, "flags": sorted(vars(self.args))}, f)
+                torch.save({**state, "step": step, "bad": self.images.bad, "flags": sorted(vars(self.args))}, f)
         if self.stop:
             if dist.is_initialized():                                # torchrun kills what is left when one leaves
                 dist.barrier()
             self.close()
-            raise Abort(f"{signal.Signals(int(self.stop)).name}: saved after step {state['step'] - 1}; the same "
-                        "command continues", PREEMPTED)
+            raise Abort(f"{signal.Signals(int(self.stop)).name}: saved after step {step - 1}; the same command "
+                        "continues", PREEMPTED)
 
     def close(self):
         """Ends the loop. Raises Abort for a signal that came after its last step."""
@@ -1374,3 +1378,10 @@ def begin(args, root):
         with replacing(log) as f:
             f.write("".join(lines).encode())
     return state, results
+
+
+def restore(state, parts):
+    """Put what `begin` found in last.pt, if anything, into the parts; the step to begin with."""
+    for name, part in parts.items() if state else ():
+        part.load_state_dict(state.pop(name))                        # popped: it is as large as the part
+    return state["step"] if state else 0

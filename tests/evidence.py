@@ -36,7 +36,6 @@ ABLATIONS = {
         "teacher moves every step": ("--ema-every", "1"),
         "teacher moves at step 0 only": ("--ema-every", "100000"),
         "m = 0.9 from the start": "calft.ema_momentum = lambda step, total: 0.9",
-        "m = 0.99 from the start": "calft.ema_momentum = lambda step, total: 0.99",
     },
     "CAR-FT": {
         "KL(p || p0)": ("--reverse-kl",),

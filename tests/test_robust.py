@@ -160,10 +160,10 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tiny_root, clip, tmp_path, ca
     """The second save finds no room: the first stays whole, and the run goes on from there."""
     save, soft = common.Log.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(self, **state):
-        if state["step"] == 4:
+    def full(self, step, parts):
+        if step == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100000, soft[1]))
-        save(self, **state)
+        save(self, step, parts)
     argv = command("calft", tiny_root, clip(), tmp_path, "--save-every", "2", steps=6)[2:]
     with monkeypatch.context() as m:
         m.setattr(common.Log, "save", full)

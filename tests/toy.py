@@ -281,7 +281,7 @@ def where():
 
 
 def defaults():
-    """The flags that differ from a script's own defaults, as {flag: value}. lr is bench.py's `recipe`."""
+    """The flags that differ from a script's own defaults, as {flag: value}. lr is evidence.py's `recipe`."""
     path = where()
     return {"data": os.path.join(path, "root"), "model": f"local-dir:{os.path.join(path, 'clip')}",
             "epochs": 5, "batch_size": 64, "lr": 3e-4, "warmup": 20, "ema_every": 10, "log_every": 20, "save_every": 100,
