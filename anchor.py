@@ -6,8 +6,8 @@
     CE2(S)               (CE(S) + CE(S^T)) / 2, CLIP's contrastive loss: row i belongs to column i
     u, v (N, d)          features of a batch of images, and of their class prompts, a template drawn anew each epoch
     c (N, d)             features of captions of the same images, one drawn of each image's: text-compensated anchor
-    a, b (R, d)          features of a batch of other images and of their own texts, retrieved from a pool before
-                         training and drawn independently of u: image-text-pair anchor; R = N, or fewer if there are
+    a, b (R, d)          features of a batch of pairs, images and their texts, that were retrieved from a pool before
+                         training, drawn independently of u: image-text-pair anchor; R = N, or all if they are fewer
     tau                  exp(logit_scale). All features are L2-normalised and by the model being tuned
 
 "a photo of a [CLASS]" says little, and tuning on it alone forgets the rest. The anchors are richer text, to contrast
@@ -42,7 +42,8 @@ import common
 def read_captions(path, images):
     """Captions of every image of `images` (common.Images): [[caption, ...], ...]. Raises Abort.
 
-    The file: a header line, path<TAB>caption, then such lines, paths relative to ROOT, one or more for each image.
+    The file: a header line, path<TAB>caption, then such lines, paths relative to ROOT (absolute if a training folder
+    is elsewhere), one or more for each image; those of other images, as held out for val, are passed over.
     """
     index, captions = {images.file(i): i for i in range(len(images))}, [[] for _ in range(len(images))]
     for line, (file, text) in read_tsv(path, "path<TAB>caption"):
@@ -50,7 +51,7 @@ def read_captions(path, images):
             if text in captions[index[file]]:
                 raise common.Abort(f"{path} line {line}: the same caption twice for {file}")
             captions[index[file]].append(text)
-        elif not os.path.isfile(os.path.join(images.base, file)):    # those held out for val may have captions
+        elif file.rpartition("/")[0] not in images.pixels and not os.path.isfile(os.path.join(images.base, file)):
             raise common.Abort(f"{path} line {line}: there is no image {os.path.join(images.base, file)}")
     without = [i for i, c in enumerate(captions) if not c]
     if without:
@@ -91,7 +92,7 @@ def greedy_captions(coca, images, length=30, start=START, end=END):
 
 
 def check_captioner(path, name):
-    """Raises Abort where `write_captions` could not do its work, before any of it is done."""
+    """Raises Abort where `write_captions` could not do its work, as far as that shows without loading the model."""
     for file in (path, path + ".partial"):
         if os.path.isfile(file):
             with open(file, encoding="utf-8", errors="replace", newline="\n") as f:
@@ -114,7 +115,7 @@ def write_captions(path, name, images, args, device):
         return
     partial, header = path + ".partial", f"path\tcaption by {name}\n"
     model, tag = (name, "") if name.startswith("local-dir:") else name.split(":", 1)
-    strange = [f for f in images.files.tolist() if b"\t" in f or b"\n" in f or f.decode(errors="ignore").encode() != f]
+    strange = [f for f in images.files.tolist() if set(f) & set(b"\t\r\n") or f.decode(errors="ignore").encode() != f]
     if strange:
         raise common.Abort(f"--caption-model: {os.fsdecode(strange[0])!r} cannot stand in {path}: it has a tab or a "
                            "line break, or is not UTF-8; rename it")
@@ -139,7 +140,7 @@ def write_captions(path, name, images, args, device):
         for (x,), readable in loader:
             with common.autocast(device, args.precision):
                 tokens = greedy_captions(coca, prepare(x)).tolist()
-            for row, known in zip(tokens, readable.tolist()):        # "an image": for the unreadable, never trained on
+            for row, known in zip(tokens, readable.tolist()):        # "an image": for the unreadable and the wordless
                 text = tokenizer.decode(row[1:row.index(END) if END in row else None]) if known else ""
                 f.write(f"{images.file(done)}\t{' '.join(text.split()) or 'an image'}\n")
                 done += 1
@@ -198,7 +199,7 @@ def open_pool(pattern):
         where += [images[stem] for stem in both]
         texts += [captions[stem] for stem in both]
     if not texts:
-        raise common.Abort(f"--pool {pattern} holds no pairs of .jpg and .txt members")
+        raise common.Abort(f"--pool {pattern} holds no pairs of an image and a .txt member")
     return Pairs(shards, np.array(where), texts)
 
 
@@ -286,9 +287,8 @@ def main(argv=None):
     # data, model, optimiser
     root = common.read_root(args)
     total = common.total_steps(args, len(root.train))
-    if args.caption_model and args.cap:
-        args.captions = args.captions or out("captions.tsv")
-    use_cap, use_ret = bool(args.cap and args.captions), bool(args.ret and args.pool)
+    captions_file = args.captions or (out("captions.tsv") if args.caption_model else None)
+    use_cap, use_ret = bool(args.cap and captions_file), bool(args.ret and args.pool)
     if (args.cap or args.ret) and not (use_cap or use_ret):
         raise common.Abort("ARF needs anchors: captions of the training images (--captions FILE, or --caption-model to "
                            "write them) or a pool of image-text pairs (--pool FILE); --cap 0 --ret 0 is FLYP")
@@ -296,8 +296,8 @@ def main(argv=None):
         print("no --pool: the text-compensated anchor alone" if use_cap else
               "no --captions: the image-text-pair anchor alone")
     if use_cap and args.caption_model:
-        check_captioner(args.captions, args.caption_model)           # captions are written once all else is known good
-    captions = read_captions(args.captions, root.train) if use_cap and not args.caption_model else None
+        check_captioner(captions_file, args.caption_model)           # captions are written once all else is known good
+    captions = read_captions(captions_file, root.train) if use_cap and not args.caption_model else None
     pool = open_pool(args.pool) if use_ret else None
     torch.manual_seed(args.seed)                                     # of weights that are not pretrained
     model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
@@ -307,15 +307,15 @@ def main(argv=None):
     common.prepare_towers(model, args)
 
     # a new run, or the one that --out holds
-    state, results = common.begin(args, root)
+    state, results = common.begin(args, root, None if args.caption_model else args.captions, args.pool)
     if "sets" in results:                                            # finished
         return common.report(results)
-    if "zero_shot" not in results:                                   # before training, which a broken set would waste
+    if "zero_shot" not in results:                                   # before training: an unreadable set shows now
         results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device, title="zero-shot")
         common.write_json(out("results.json"), results)
     if use_cap and args.caption_model:
-        write_captions(args.captions, args.caption_model, root.train, args, device)
-        captions = read_captions(args.captions, root.train)
+        write_captions(captions_file, args.caption_model, root.train, args, device)
+        captions = read_captions(captions_file, root.train)
     if use_ret:                                                      # by the untuned model, so before a state is loaded
         pairs = retrieved_pairs(pool, root.train, model, preprocess_val, args, device)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -331,7 +331,7 @@ def main(argv=None):
         if not R:
             raise common.Abort(f"{len(pairs)} retrieved pairs are too few for {world} processes; give a greater --k")
         pair_loader = common.train_loader(pairs, preprocess_train, args, total, device, start, batch_size=R,
-                                          seed=args.seed + 2 ** 63)  # its own draws: --seed is less
+                                          seed=args.seed + 2 ** 63)  # no run's own draws: --seed is below
     log = common.Log(args, root.train, total, start, "ARF")
     for step, (images, labels, index, draws), retrieved in zip(range(start, total), loader, pair_loader):
         lr = common.cosine_lr(step, total, args.warmup, args.lr)

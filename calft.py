@@ -12,14 +12,15 @@
                          in one of the templates, drawn anew each epoch
     S, S_ema (N, N)      tau u v^T with tau = exp(logit_scale), by the student and by the teacher, each with its tau
     W_v (d_in, d)        last projection of the image tower; W_t (d_t, d) that of the text tower
-    teacher              the pretrained model at first; after optimiser steps 0, 500, 1000, ... (--ema-every)
-                         theta_ema <- m theta_ema + (1 - m) theta, with m by `ema_momentum`; between, it stands still
+    teacher              the pretrained model at first; after the 1st, 501st, 1001st, ... step (--ema-every)
+                         theta_ema <- m theta_ema + (1 - m) theta; between, it stands still. m rises from 0.05, which
+                         all but copies the student, to 0.9 (`ema_momentum`)
 
 Both towers and tau are trained. The paper bounds error and calibration error under shift by the calibration error on
 the training distribution, which the teacher's soft targets lower, and by 1 / sigma_min of the image features'
-covariance: columns of W_v near orthonormal keep that smallest singular value large. Paper and released code differ
-twice, and we follow the code: the paper squares the norm of L_oc, and its loss, as we know it, has no L_cross, which
-comes from the linear theory of contrastive learning. Student and teacher are exported; the student is the result.
+covariance: columns of W_v near orthonormal keep that smallest singular value large. Where paper and released code
+differ we follow the code: the paper squares the norm of L_oc, and its loss, as far as we know it, has no L_cross, which
+is a regulariser from the linear theory of contrastive learning. The student is the result; the teacher is exported too.
 
     python calft.py                                                          # the toy, on a CPU
     python calft.py --data /imagenet --out out/carot                         # the released recipe, on a GPU
@@ -109,10 +110,12 @@ def main(argv=None):
     total = common.total_steps(args, len(root.train))
     torch.manual_seed(args.seed)                                     # of weights that are not pretrained
     model, preprocess_train, preprocess_val, tokenizer = common.load_model(args.model, args.pretrained, device)
-    W_v, W_t = projections(model)
-    if (W_v is None and args.oc) or ((W_v is None or W_t is None) and args.cross_fnorm):
+    has_W_v, has_W_t = (W is not None for W in projections(model))
+    if not has_W_v and args.oc or not (has_W_v and has_W_t) and args.cross_fnorm:
         raise common.Abort(f"--model {args.model} has a tower without a linear projection at its end; "
                            "give --oc 0 --cross-fnorm 0, or another model")
+    if args.sd and args.ema_every >= total and common.rank_world()[0] == 0:
+        print(f"warning: --ema-every {args.ema_every} in a run of {total} steps: the teacher moves after the 1st only")
     tokens = common.prompts(tokenizer, root.classnames, root.templates)            # (K classes, M templates, L tokens)
     teacher = copy.deepcopy(model).requires_grad_(False) if args.sd else None
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.wd, fused=device.type != "mps")
@@ -125,7 +128,7 @@ def main(argv=None):
     state, results = common.begin(args, root)
     if "sets" in results:                                            # finished
         return common.report(results)
-    if "zero_shot" not in results:                                   # before training, which a broken set would waste
+    if "zero_shot" not in results:                                   # before training: an unreadable set shows now
         results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device, title="zero-shot")
         common.write_json(out("results.json"), results)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, **({"teacher": teacher} if args.sd else {})}

@@ -14,9 +14,9 @@ The paper's idea: plain fine-tuning unlearns what context an image stands in (a 
 goes with it; the KL term keeps the untuned model's view of it. Trained are the image tower and W_cls; the text tower
 only makes E, and later the heads of sets with other classes. W_cls is evaluated, and exported beside the whole CLIP.
 
-From the paper's text: context distributions by zero-shot prompt weights, and the KL divergence between those of the
-original and the tuned model beside classification. Our choices, as no code was released: its direction (--reverse-kl
-turns it), lam = 1, W_cls free to leave the unit sphere, and the recipe, which is that of FLYP (Goyal et al., 2023).
+From the paper's text: context distributions by zero-shot prompt weights, and beside classification the KL divergence
+between the untuned and the tuned model's. Our choices, as no code was released: its direction (--reverse-kl turns it),
+lam = 1, tau fixed, W_cls free to leave the unit sphere, and the recipe, which is that of FLYP (Goyal et al., 2023).
 
     python carft.py                                                          # the toy, on a CPU
     python carft.py --data /imagenet --out out/car-ft                        # ImageNet, on a GPU
@@ -95,7 +95,7 @@ def main(argv=None):
     state, results = common.begin(args, root)
     if "sets" in results:                                            # finished
         return common.report(results)
-    if "zero_shot" not in results:                                   # before training, which a broken set would waste
+    if "zero_shot" not in results:                                   # before training: an unreadable set shows now
         results["zero_shot"] = common.evaluate(model, tokenizer, preprocess_val, root, args, device,
                                                head=W_cls.detach(), title="zero-shot")
         common.write_json(out("results.json"), results)

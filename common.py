@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What calft.py, carft.py, anchor.py and evaluate.py share: set-up, models, images, heads, scores, files.
 
-Nothing here knows a fine-tuning method. The way of the data:
+Nothing here knows a fine-tuning method, but for the names of flags and files. The way of the data:
 class folders -> uint8 crops (workers) -> normalised on the device -> features -> loss | head -> scores of whole sets.
 Shapes: N images in the global batch, K classes, M templates, L tokens, d feature dimensions.
 """
@@ -474,7 +474,8 @@ def clip_loss(S):
 def contrastive_loss(image_features, text_features, logit_scale):
     """CLIP's symmetric contrastive loss (Radford et al., 2021, figure 3) over the global batch: scalar.
 
-    image_features, text_features: (N, d), L2-normalised; logit_scale: already exponentiated, as in open_clip.
+    image_features, text_features: (N, d), L2-normalised; under torchrun (n, d) of this process, the others' are
+    gathered. logit_scale: already exponentiated, as in open_clip.
     """
     return clip_loss(similarity(image_features, text_features, logit_scale))
 
@@ -940,10 +941,8 @@ def total_steps(args, n):
     if args.batch_size > n:
         raise Abort(f"--batch-size {args.batch_size} is more than the {n} training images; give a smaller one")
     steps = min(args.epochs * n // args.batch_size, args.max_steps or math.inf)
-    if rank_world()[0] == 0:
-        for name, what in (("warmup", "--lr is never reached"), ("ema_every", "the teacher stands still")):
-            if getattr(args, name, 0) >= steps:
-                print(f"warning: --{name.replace('_', '-')} {getattr(args, name)} in a run of {steps} steps: {what}")
+    if args.warmup >= steps and rank_world()[0] == 0:
+        print(f"warning: --warmup {args.warmup} in a run of {steps} steps: --lr is never reached")
     return steps
 
 
@@ -1298,8 +1297,10 @@ def _tensors(state):
 FREE = {"out", "workers", "log_every", "save_every", "no_resume", "overwrite", "accum", "compile", "grad_checkpointing"}
 
 
-def begin(args, root):
+def begin(args, root, *files):
     """Open --out: the state (last.pt, or None) and the results of the run of the same flags that it holds, if any.
+
+    files: texts that the run depends on beside those of ROOT; the contents of what is a file count.
 
     Flags that do not change a run may differ; any other difference, and other images, are refused unless --overwrite;
     so is an --out in which another process is at work.
@@ -1320,10 +1321,10 @@ def begin(args, root):
     for s in (root.train, root.val, *root.shifts):
         data.update(f"{s.name} {len(s)} ".encode("utf-8", "surrogateescape") + s.files.tobytes())
     data.update("\n".join([*root.classnames, *prompt_texts(["{}"], root.templates)]).encode())
-    for file in (getattr(args, "caption_model", None) or getattr(args, "captions", None), getattr(args, "pool", None)):
-        if file and os.path.isfile(file):
+    for file in files:
+        if file and os.path.isfile(file) and not file.endswith(".tar"):
             with open(file, "rb") as f:
-                data.update(f.read() if not file.endswith(".tar") else b"")
+                data.update(f.read())
     flags = {**json.loads(json.dumps(vars(args))), "images": data.hexdigest()[:16]}
     path, last, log, done = [os.path.join(args.out, f) for f in ("args.json", "last.pt", "log.jsonl", "results.json")]
     main_process, state, results = rank_world()[0] == 0, None, {}

@@ -5,9 +5,9 @@
     python tests/evidence.py recipe     # the toy: its learning rate, chosen on training images held out
     python tests/evidence.py pacs --root ROOT --model local-dir:CLIP --pool pool.tsv
 
-`pacs` is for a small CLIP and a ROOT of real images, as tests/pretrain.py makes them of PACS and CIFAR-10: each method's
-learning rate is chosen on training images held out, then all methods run over the seeds, and evaluate.py gives WiSE-FT's
-curves. Finished runs are kept in --out and not repeated; --jobs of them go on at once, one thread each.
+`pacs` is for a small CLIP and a ROOT of real images, as tests/pretrain.py makes them of PACS and CIFAR-10: each
+method's learning rate is chosen on training images held out, then all methods run over the seeds, and evaluate.py gives
+WiSE-FT's curves. Finished runs are kept in --out and not repeated; --jobs of them go on at once, one thread each.
 """
 import argparse
 import concurrent.futures
@@ -102,7 +102,7 @@ def claims(rows, pairs, seeds):
     print("\nDifferences by seed:")
     for a, b, measure, better in pairs:
         d = [100 * (x - y) for x, y in zip(rows[a][measure], rows[b][measure])]
-        print(f"{a + ' over ' + b:<16}{measure:<16}{statistics.mean(d):+6.1f} ± {statistics.stdev(d):.1f}   "
+        print(f"{a + ' over ' + b:<24}{measure:<16}{statistics.mean(d):+6.1f} ± {statistics.stdev(d):.1f}   "
               f"better in {sum(better * x > 0 for x in d)} of {seeds} seeds")
 
 
@@ -201,40 +201,46 @@ def pacs(args):
     markdown(RATES, {m: [f"**{100 * t:.1f}**" if lr == chosen[m] else f"{100 * t:.1f}" for lr, t in held[m].items()]
                      for m in METHODS})
 
-    results = run_all(args, {f"{m}-{s}": [
-        *METHODS[m], *own[m], *shared, "--data", args.root, "--lr", chosen[m], "--seed", str(s)]
-        for s in range(args.seeds) for m in METHODS})
-    one = results["FT-0"]["zero_shot"]
-    names = list(one["sets"])
-    print(f"\n{args.seeds} seeds, mean ± standard deviation in percent ({', '.join(n for n in names if one['sets'][n]['head'] == 'zero-shot')}: "
-          "classes not trained on)")
-    rows = {}
+    # each method at its own rate; where that is not its baseline's, the baseline at the method's rate too
+    final, pairs = {m: (m, chosen[m]) for m in METHODS}, []
+    for a, b in (("CAR-FT", "FT"), ("CaRot", "FLYP"), ("ARF", "FLYP")):
+        pairs.append((a, b))
+        if chosen[a] != chosen[b]:
+            final[f"{b} at {chosen[a]}"] = b, chosen[a]
+            pairs.append((a, f"{b} at {chosen[a]}"))
+    results = run_all(args, {f"{name}-{s}": [
+        *METHODS[m], *own[m], *shared, "--data", args.root, "--lr", lr, "--seed", str(s)]
+        for s in range(args.seeds) for name, (m, lr) in final.items()})
+    zero_shot = results["FT-0"]["zero_shot"]
+    sets = list(zero_shot["sets"])
+    new = [n for n in sets if zero_shot["sets"][n]["head"] == "zero-shot"]
+    print(f"\n{args.seeds} seeds, mean ± standard deviation in percent; classes of {', '.join(new)} not trained on")
+    rows = {name: {} for name in final}
     for measure in ("top1", "ece"):
-        get = {**{n: lambda r, n=n: r["sets"][n][measure] for n in names}, "shift mean": lambda r: r["shift_mean"][measure]}
-        table = {"zero-shot": [cell([f(one)]) for f in get.values()]}
-        for m in METHODS:
-            values = {k: [f(results[f"{m}-{s}"]) for s in range(args.seeds)] for k, f in get.items()}
-            table[m] = [cell(v) for v in values.values()]
-            rows.setdefault(m, {}).update({f"{k} {measure}": v for k, v in values.items()})
-        print(f"\n{'Top-1' if measure == 'top1' else 'ECE'}:\n")
-        markdown(list(get), table)
-    claims(rows, [(a, b, f"{k} {measure}", 1 if measure == "top1" else -1)
-                  for a, b in (("CAR-FT", "FT"), ("CaRot", "FLYP"), ("ARF", "FLYP"))
-                  for measure in ("top1", "ece") for k in ("val", "shift mean", names[-1])], args.seeds)
+        of = {n: lambda r, n=n: r["sets"][n][measure] for n in sets}
+        of["shift mean"] = lambda r: r["shift_mean"][measure]
+        for name in final:
+            rows[name].update({f"{k} {measure}": [f(results[f"{name}-{s}"]) for s in range(args.seeds)]
+                               for k, f in of.items()})
+        print(f"\n{measure}:\n")
+        markdown(list(of), {"zero-shot": [cell([f(zero_shot)]) for f in of.values()],
+                            **{name: [cell(row[f"{k} {measure}"]) for k in of] for name, row in rows.items()}})
+    claims(rows, [(a, b, f"{k} {measure}", 1 if measure == "top1" else -1) for a, b in pairs
+                  for measure in ("top1", "ece") for k in ("val", "shift mean", *new)], args.seeds)
 
-    print(f"\nWiSE-FT: val / shift mean / {names[-1]}, top-1 by weight of the tuned model, mean over the seeds\n")
+    print("\nWiSE-FT, top-1 on val / shift mean / the others, by weight of the tuned model; mean over the seeds\n")
     weights, table = ("0", "0.25", "0.5", "0.75", "1"), {}
     for m in METHODS:
         out = os.path.join(args.out, f"wise-{m}")
         if not os.path.isfile(os.path.join(out, "results.json")):
-            subprocess.run([sys.executable, "evaluate.py", "--data", args.root, "--workers", "0", "--out", out, "--model",
-                            *(os.path.join(args.out, f"{m}-{s}") for s in range(args.seeds)), "--wise", *weights],
+            runs = [os.path.join(args.out, f"{m}-{s}") for s in range(args.seeds)]
+            subprocess.run([sys.executable, "evaluate.py", "--data", args.root, "--workers", "0", "--out", out,
+                            "--model", *runs, "--wise", *weights],
                            cwd=REPO, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         found = [c for c in json.load(open(os.path.join(out, "results.json"))).values() if "runs" not in c]
-        at = {w: [c for c in found if c["alpha"] == float(w)] for w in weights}
-        table[m] = [" / ".join(f"{100 * statistics.mean(f(c) for c in at[w]):.1f}" for f in (
+        table[m] = [" / ".join(f"{100 * statistics.mean(f(c) for c in found if c['alpha'] == float(w)):.1f}" for f in (
             lambda c: c["sets"]["val"]["top1"], lambda c: c["shift_mean"]["top1"],
-            lambda c: c["sets"][names[-1]]["top1"])) for w in weights]
+            *(lambda c, n=n: c["sets"][n]["top1"] for n in new))) for w in weights]
     markdown(weights, table)
 
 
@@ -249,6 +255,10 @@ if __name__ == "__main__":
     parser.add_argument("--pool", help="pacs: image-text pairs for ARF, which has no captions there")
     parser.add_argument("--epochs", type=int, default=10, help="pacs: passes over the training images")
     args = parser.parse_args()
+    if args.what == "pacs" and not (args.root and args.model and args.pool):
+        parser.error("pacs needs --root, --model and --pool")
+    if args.seeds < 2:
+        parser.error("--seeds must be at least 2, for a standard deviation")
     args.out = os.path.abspath(args.out or os.path.join(REPO, "out", "evidence", "toy" if args.what == "ablations"
                                                         else args.what))
     globals()[args.what](args)

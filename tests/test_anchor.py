@@ -157,9 +157,11 @@ def test_captions_of_odd_images(tiny_root, tmp_path, capsys):
     anchor.write_captions(str(tmp_path / "c.tsv"), name, images, args, CPU)
     assert "train/ant/1.png\tan image\n" in open(tmp_path / "c.tsv").read()
     assert len(anchor.read_captions(str(tmp_path / "c.tsv"), images)) == 40
-    os.rename(tmp_path / "root" / "train" / "ant" / "2.png", tmp_path / "root" / "train" / "ant" / "2\n.png")
-    with pytest.raises(common.Abort, match="rename"):
-        anchor.write_captions(str(tmp_path / "d.tsv"), name, common.read_root(args).train, args, CPU)
+    for i, odd in enumerate(("2\n.png", "2\r.png", "2\t.png")):     # each would tear a line of the file
+        os.rename(tmp_path / "root" / "train" / "ant" / f"{i}.png", tmp_path / "root" / "train" / "ant" / odd)
+        with pytest.raises(common.Abort, match="rename"):
+            anchor.write_captions(str(tmp_path / "d.tsv"), name, common.read_root(args).train, args, CPU)
+        os.rename(tmp_path / "root" / "train" / "ant" / odd, tmp_path / "root" / "train" / "ant" / f"{i}.png")
 
 
 def test_captions(tiny_root, captions):
@@ -258,6 +260,8 @@ def test_a_caption_model_writes_the_file_and_goes_on_after_a_kill(tiny_root, cli
     calls[:] = [1] * 3
     run(anchor, tiny_root, clip(), tmp_path / "cut", *flags, steps=1)
     assert open(tmp_path / "cut" / "captions.tsv").read() == whole and not os.path.exists(partial)
+    os.rename(tmp_path / "whole", tmp_path / "moved")           # a run may be moved, as --out changes no run
+    run(anchor, tiny_root, clip(), tmp_path / "moved", *flags, steps=1)
     assert len(calls) - 3 == 3                                  # what was done is not done again
 
 

@@ -179,6 +179,8 @@ def test_a_schedule_that_cannot_work_is_said(tiny_root, clip, tmp_path, capsys):
     run(calft, tiny_root, clip(), tmp_path / "out", "--warmup", "500", "--ema-every", "500", steps=1)
     out = capsys.readouterr().out
     assert "warning: --warmup 500 in a run of 1 steps" in out and "warning: --ema-every 500" in out
+    run(calft, tiny_root, clip(), tmp_path / "flyp", "--ema-every", "500", "--sd", "0", steps=3)
+    assert "warning" not in capsys.readouterr().out             # there is no teacher
 
 
 def test_the_seed_is_the_run(tiny_root, clip, tmp_path):

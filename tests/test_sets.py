@@ -11,6 +11,7 @@ import torch
 import torchvision
 from PIL import Image
 
+import anchor
 import calft
 import carft
 import common
@@ -153,6 +154,18 @@ def test_trained_on_by_their_own_splits(sets):
         pixels, name = rows[f"cifar10:train/{i}"]
         assert (pixels.permute(1, 2, 0).numpy() == train.data[i]).all() and name == TEN[train.targets[i]]
     assert [len(read(f"pets:{sets}").train), len(read(f"pets:{sets}").val)] == [15, 3]
+
+
+def test_captions_of_a_set_without_files(sets, tmp_path):
+    """Of CIFAR's whole training split, held-out images too: those are passed over, other names are not."""
+    images = read(f"cifar10:{sets}").train
+    (tmp_path / "c.tsv").write_text("path\tcaption\n" + "".join(f"cifar10:train/{i}\tpicture {i}\n" for i in range(50)))
+    captions = anchor.read_captions(str(tmp_path / "c.tsv"), images)
+    assert captions == [[f"picture {images.file(i).split('/')[1]}"] for i in range(len(images))] and len(images) == 40
+    with open(tmp_path / "c.tsv", "a") as f:
+        f.write("cifar10:test/0\tnot of the training split\n")
+    with pytest.raises(common.Abort, match="there is no image"):
+        anchor.read_captions(str(tmp_path / "c.tsv"), images)
 
 
 def test_joined_with_folders_and_as_val(sets, tmp_path):
