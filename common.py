@@ -689,23 +689,17 @@ def _objectnet(path, root, name):
     Where the training classes are ImageNet's 1000, of its 313 classes the 113 that are also ImageNet's count, each with
     the logits of all ImageNet classes it maps to; elsewhere all, zero-shot. The red border of 2 pixels is cut off.
     """
-    def mapping(name):
-        file = os.path.join(path, "mappings", name)
-        try:
-            with open(file, encoding="utf-8") as f:
-                return json.load(f) if name.endswith(".json") else f.read().splitlines()
-        except (OSError, ValueError) as e:
-            raise Abort(f"{file} cannot be read ({e}); ObjectNet's classes are mapped by the files in its mappings/")
+    mapping = functools.partial(os.path.join, path, "mappings")
     images = _scan(os.path.join(path, "images"), path, name)
-    labels = mapping("folder_to_objectnet_label.json")               # {folder: label}
+    labels = read_json(mapping("folder_to_objectnet_label.json"))    # {folder: label}
     strange = [c for c in images.classes if c not in labels]
     if strange:
         raise Abort(f"{path}/images/{strange[0]} is not in {path}/mappings/folder_to_objectnet_label.json")
     images.classnames, images.border = [labels[c] for c in images.classes], 2
     if root.classes == ImageNetInfo().label_names():
-        names = mapping("objectnet_to_imagenet_1k.json")             # {label: "name; name"} for the 113
-        line = {name: i for i, name in enumerate(mapping("imagenet_to_label_2012_v2"))}
-        index = {i: int(k) for k, i in mapping("pytorch_to_imagenet_2012_id.json").items()}        # line: model index
+        names = read_json(mapping("objectnet_to_imagenet_1k.json"))  # {label: "name; name"} for the 113
+        line = {name: i for i, name in enumerate(read_lines(mapping("imagenet_to_label_2012_v2")))}
+        index = {i: int(k) for k, i in read_json(mapping("pytorch_to_imagenet_2012_id.json")).items()}   # line: logit
         kept = [k for k, label in enumerate(images.classnames) if label in names]
         try:
             images.columns = [[index[line[name]] for name in names[images.classnames[k]].split("; ")] for k in kept]
@@ -1183,8 +1177,8 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             return json.load(f)
-    except ValueError as e:
-        raise Abort(f"{path} is not JSON ({e}); remove it to begin anew")
+    except (OSError, ValueError) as e:
+        raise Abort(f"{path} cannot be read as JSON ({e}); mend or remove it")
 
 
 class Log:

@@ -102,7 +102,7 @@ def claims(rows, pairs, seeds):
     print("\nDifferences by seed:")
     for a, b, measure, better in pairs:
         d = [100 * (x - y) for x, y in zip(rows[a][measure], rows[b][measure])]
-        print(f"{a + ' over ' + b:<24}{measure:<16}{statistics.mean(d):+6.1f} ± {statistics.stdev(d):.1f}   "
+        print(f"{a + ' over ' + b:<34}{measure:<16}{statistics.mean(d):+6.1f} ± {statistics.stdev(d):.1f}   "
               f"better in {sum(better * x > 0 for x in d)} of {seeds} seeds")
 
 
@@ -201,13 +201,14 @@ def pacs(args):
     markdown(RATES, {m: [f"**{100 * t:.1f}**" if lr == chosen[m] else f"{100 * t:.1f}" for lr, t in held[m].items()]
                      for m in METHODS})
 
-    # each method at its own rate; where that is not its baseline's, the baseline at the method's rate too
-    final, pairs = {m: (m, chosen[m]) for m in METHODS}, []
-    for a, b in (("CAR-FT", "FT"), ("CaRot", "FLYP"), ("ARF", "FLYP")):
-        pairs.append((a, b))
-        if chosen[a] != chosen[b]:
-            final[f"{b} at {chosen[a]}"] = b, chosen[a]
-            pairs.append((a, f"{b} at {chosen[a]}"))
+    # each method at its own rate; where its baseline has another, all that have this baseline at the method's rate too
+    baseline = {"CAR-FT": "FT", "CaRot": "FLYP", "ARF": "FLYP"}
+    final, pairs = {m: (m, chosen[m]) for m in METHODS}, list(baseline.items())
+    for lr in sorted({chosen[m] for m, b in baseline.items() if chosen[m] != chosen[b]}):
+        b = next(b for m, b in baseline.items() if chosen[m] == lr != chosen[b])
+        at = {m: m if chosen[m] == lr else f"{m} at {lr}" for m in [b, *(m for m in baseline if baseline[m] == b)]}
+        final.update({name: (m, lr) for m, name in at.items()})
+        pairs += [(at[m], at[b]) for m in at if m != b]
     results = run_all(args, {f"{name}-{s}": [
         *METHODS[m], *own[m], *shared, "--data", args.root, "--lr", lr, "--seed", str(s)]
         for s in range(args.seeds) for name, (m, lr) in final.items()})
@@ -229,7 +230,7 @@ def pacs(args):
                   for measure in ("top1", "ece") for k in ("val", "shift mean", *new)], args.seeds)
 
     print("\nWiSE-FT, top-1 on val / shift mean / the others, by weight of the tuned model; mean over the seeds\n")
-    weights, table = ("0", "0.25", "0.5", "0.75", "1"), {}
+    weights, table = ("0.25", "0.5", "0.75"), {}
     for m in METHODS:
         out = os.path.join(args.out, f"wise-{m}")
         if not os.path.isfile(os.path.join(out, "results.json")):
@@ -238,10 +239,12 @@ def pacs(args):
                             "--model", *runs, "--wise", *weights],
                            cwd=REPO, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         found = [c for c in json.load(open(os.path.join(out, "results.json"))).values() if "runs" not in c]
-        table[m] = [" / ".join(f"{100 * statistics.mean(f(c) for c in found if c['alpha'] == float(w)):.1f}" for f in (
-            lambda c: c["sets"]["val"]["top1"], lambda c: c["shift_mean"]["top1"],
-            *(lambda c, n=n: c["sets"][n]["top1"] for n in new))) for w in weights]
-    markdown(weights, table)
+        points = [[zero_shot], *([c for c in found if c["alpha"] == float(w)] for w in weights),
+                  [results[f"{m}-{s}"] for s in range(args.seeds)]]
+        table[m] = [" / ".join(f"{100 * statistics.mean(f(r) for r in point):.1f}" for f in (
+            lambda r: r["sets"]["val"]["top1"], lambda r: r["shift_mean"]["top1"],
+            *(lambda r, n=n: r["sets"][n]["top1"] for n in new))) for point in points]
+    markdown(["0", *weights, "1"], table)
 
 
 if __name__ == "__main__":
