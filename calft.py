@@ -22,7 +22,7 @@ covariance: columns of W_v near orthonormal keep that smallest singular value la
 differ we follow the code: the paper squares the norm of L_oc, and its loss, as far as we know it, has no L_cross, which
 is a regulariser from the linear theory of contrastive learning. The student is the result; the teacher is exported too.
 
-    python calft.py                                                          # the toy, on a CPU
+    python calft.py                                                          # the toy by its own recipe, on a CPU
     python calft.py --data /imagenet --out out/carot                         # the released recipe, on a GPU
     torchrun --nproc_per_node 8 calft.py --data /imagenet --out out/carot    # the same global batch on eight
     python calft.py --oc 0 --sd 0 --cross-fnorm 0 --out out/flyp             # FLYP, CE2 alone: the natural baseline

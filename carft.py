@@ -18,7 +18,7 @@ From the paper's text: context distributions by zero-shot prompt weights, and be
 between the untuned and the tuned model's. Our choices, as no code was released: its direction (--reverse-kl turns it),
 lam = 1, tau fixed, W_cls free to leave the unit sphere, and the recipe, which is that of FLYP (Goyal et al., 2023).
 
-    python carft.py                                                          # the toy, on a CPU
+    python carft.py                                                          # the toy by its own recipe, on a CPU
     python carft.py --data /imagenet --out out/car-ft                        # ImageNet, on a GPU
     torchrun --nproc_per_node 8 carft.py --data /imagenet --out out/car-ft   # the same global batch on eight
     python carft.py --lam 0 --out out/ft                                     # FT, cross-entropy alone: the baseline

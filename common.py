@@ -997,12 +997,11 @@ def image_features(models, preprocesses, sets, args, device, title="evaluating",
             part.append(u.masked_fill(~readable[:, None], math.nan))
     out = []
     for features in map(torch.cat, parts):
-        if world > 1:                                                # pad the shorter shares, interleave, cut
-            full = torch.zeros(-(-len(images) // world), features.shape[1], dtype=dtype)
-            full[:len(features)] = features
-            shares = [torch.empty_like(full, device=device) for _ in range(world)]
-            dist.all_gather(shares, full.to(device))
-            features = torch.stack(shares, 1).flatten(0, 1)[:len(images)].cpu()
+        if world > 1:                                                # each row is one process's, and 0 elsewhere
+            full = torch.zeros(len(images), features.shape[1], device=device)
+            full[rank::world] = features.to(device, torch.float32)
+            dist.all_reduce(full)
+            features = full.to("cpu", dtype)
         out.append(features.split([len(s) for s in sets]))
     return out
 
