@@ -70,7 +70,7 @@ def world(tmp_path, monkeypatch, clip):
     write_cifar100(tmp_path / "sets", monkeypatch)
     for write in (write_food101, write_pets, write_dtd):
         write(tmp_path / "sets")
-    (tmp_path / "captions.tsv").write_text("path\tcaption\n" + "".join(
+    (tmp_path / "own.tsv").write_text("path\tcaption\n" + "".join(
         f"train/{c}/{i}.png\ta {c}\n" for c in ("ant", "bee", "cat") for i in range(8)))
     write_coca(str(tmp_path / "coca"))
     for script in ("calft.py", "carft.py", "anchor.py", "evaluate.py"):
@@ -110,8 +110,8 @@ def run_command(words, world, clip):
         flags += [*(SHORT if script == "calft.py" else SHORT[:-2]), *["--model", clip()] * ("--model" not in words)]
         if "--model" in words:
             flags += ["--model", clip()]
-        if script == "anchor.py" and "--pool" not in flags and "--caption-model" not in flags:
-            flags += ["--captions", "captions.tsv"]
+        if script == "anchor.py" and not {"--pool", "--captions", "--caption-model"} & set(flags):
+            flags += ["--captions", "own.tsv"]
     importlib.import_module(script[:-3]).main([*flags, "--workers", "0"])
 
 
@@ -132,10 +132,16 @@ def test_shell(world, clip, block):
     assert {words[0] for words in found} <= ELSEWHERE | {"python", "torchrun"}
 
 
-def test_python(world, clip, monkeypatch):
-    """The exported model in open_clip, and pushed to a hub from which open_clip loads it."""
-    run_command(["python", "calft.py"], world, clip)
-    block, = [block for kind, block in BLOCKS if kind == "python"]
+def test_python(world, clip, monkeypatch, capsys):
+    """The exported model in open_clip, and pushed to a hub from which open_clip loads it; a class by CAR-FT's head."""
+    for script in ("calft.py", "carft.py"):
+        run_command(["python", script], world, clip)
+    block, classify = [block for kind, block in BLOCKS if kind == "python"]
+    shutil.copy(world / "ROOT" / "val" / "bee" / "0.png", world / "photo.jpg")
+    capsys.readouterr()
+    exec(classify, {})
+    name, confidence = capsys.readouterr().out.split()
+    assert name in ("ant", "bee", "cat") and 1 / 3 <= float(confidence) <= 1
     import huggingface_hub
     import open_clip.pretrained
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo_id, **kw: None)
