@@ -38,7 +38,7 @@ ABLATIONS = {
         "m = 0.9 from the start": "calft.ema_momentum = lambda step, total: 0.9",
     },
     "CAR-FT": {
-        "KL(p || p0)": ("--reverse-kl",),
+        "the reverse, KL(p ‖ p0)": ("--reverse-kl",),
         "lam 0.3": ("--lam", "0.3"),
         "lam 3": ("--lam", "3"),
     },
