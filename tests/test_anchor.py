@@ -292,7 +292,7 @@ def test_training_is_a_plain_loop(tiny_root, clip, captions, pool, tmp_path):
     R = min(8, len(pairs))
     read = anchor.read_captions(captions, root.train)
     loaders = zip(common.train_loader(root.train, preprocess_train, args, 4, CPU),
-                  common.train_loader(pairs, preprocess_train, args, 4, CPU, batch_size=R))
+                  common.train_loader(pairs, preprocess_train, args, 4, CPU, batch_size=R, seed=2**63))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     mean, std = (torch.tensor(x)[:, None, None] for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
     for step, ((x, y, index, draw), (x_r, _, index_r, _)) in enumerate(loaders):
