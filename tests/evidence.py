@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """The README's tables of accuracy and calibration. Every run is the script's own, in a process of its own.
 
     python tests/evidence.py toy        # all methods on the toy, and the papers' claims as differences by seed
