@@ -27,11 +27,17 @@ REPO = os.path.dirname(HERE)
 sys.path[:0] = [HERE, REPO]
 
 
+METHODS = ("FT", "CAR-FT", "FLYP", "CaRot", "ARF")
+
+
 def system():
+    import open_clip
     import torch
+    import torchvision
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?") \
         if os.path.exists("/proc/cpuinfo") else platform.processor()
-    return f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}"
+    return (f"{cpu}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
+            f"torchvision {torchvision.__version__}, open_clip {open_clip.__version__}")
 
 
 # ---- speed
@@ -153,7 +159,7 @@ def bench_bill(args):
     images, rate = 10 * 1_281_167, 0.4 * 989e12                  # 40 % of an H100's dense bf16 peak
     print(f"GFLOP an image, and hours on one H100 at 40 % of its 989 TFLOP/s in bf16; {system()}")
     for model in [args.model] if args.model else ["ViT-B-16", "ViT-L-14", "RN50"]:
-        work = {name: operations(name, model, 2, "fp32", device_of()) / 2 for name in ("FT", "CAR-FT", "FLYP", "CaRot", "ARF")}
+        work = {name: operations(name, model, 2, "fp32", device_of()) / 2 for name in METHODS}
         print(f"{model:<10}" + "".join(f"{m:>8} {w / 1e9:.0f}, {w * images / rate / 3600:.1f} h" for m, w in work.items()),
               flush=True)
 
@@ -171,7 +177,7 @@ def bench_step(args):
     print(f"{n}-cube product: {rate / 1e12:.2f} TFLOP/s\n")
     print(f"{'':<8}{'images/s':>10}{'peer':>10}{'ratio':>8}{'GFLOP/image':>13}{'of the rate':>13}{'of FT time':>12}")
     ft = None
-    for name in ("FT", "CAR-FT", "FLYP", "CaRot", "ARF"):
+    for name in METHODS:
         ours = make_steps(name, model, batch, precision, device, args.compile, peer=False)
         peer = make_steps(name, model, batch, precision, device, args.compile, peer=True)
         work = operations(name, model, batch, precision, device)

@@ -18,15 +18,13 @@ import statistics
 import subprocess
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-REPO = os.path.dirname(HERE)
-sys.path[:0] = [HERE, REPO]
+from bench import REPO, system                                  # which lets the scripts and toy.py be imported too
 
 METHODS = {"FT": ("carft.py", "--lam", "0"), "CAR-FT": ("carft.py",),
            "FLYP": ("calft.py", "--oc", "0", "--sd", "0", "--cross-fnorm", "0"), "CaRot": ("calft.py",),
            "ARF": ("anchor.py",)}
 
-# what changes -> the script, its flags, and what no flag changes: a statement that runs before main()
+# {method: {what changes: its flags, or for what no flag changes a statement that runs before main()}}
 ABLATIONS = {
     "CaRot": {
         "orthogonality alone": ("--sd", "0", "--cross-fnorm", "0"),
@@ -75,15 +73,6 @@ def run_all(args, commands):
     """{name: command} -> {name: results}, --jobs at a time."""
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         return dict(zip(commands, pool.map(lambda name: run(args, name, commands[name]), commands)))
-
-
-def system():
-    import open_clip
-    import torch
-    import torchvision
-    cpu = open("/proc/cpuinfo").read().split("model name\t: ", 1)[1].split("\n")[0]
-    return (f"{cpu}, {os.cpu_count()} cores, float32; Python {sys.version.split()[0]}, torch {torch.__version__}, "
-            f"torchvision {torchvision.__version__}, open_clip {open_clip.__version__}")
 
 
 def cell(values):

@@ -107,9 +107,7 @@ def run_command(words, world, clip):
     if "--data" not in flags:
         flags += ["--data", f"{world}/ROOT"]                     # the toy's own runs are in test_toy.py
     if script != "evaluate.py":
-        flags += [*(SHORT if script == "calft.py" else SHORT[:-2]), *["--model", clip()] * ("--model" not in words)]
-        if "--model" in words:
-            flags += ["--model", clip()]
+        flags += [*(SHORT if script == "calft.py" else SHORT[:-2]), "--model", clip()]
         if script == "anchor.py" and not {"--pool", "--captions", "--caption-model"} & set(flags):
             flags += ["--captions", "own.tsv"]
     importlib.import_module(script[:-3]).main([*flags, "--workers", "0"])

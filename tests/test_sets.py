@@ -23,18 +23,20 @@ CPU = torch.device("cpu")
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
+def dump(base, name, content):
+    """Pickle content to base/name, as CIFAR is distributed; [name, checksum], as torchvision lists it."""
+    (base / name).write_bytes(pickle.dumps(content))
+    return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
+
+
 def write_cifar10(folder, monkeypatch, n=5):
     """Five training batches of n images and a test batch, pickled as they are distributed; checksums patched."""
     base, rng = folder / "cifar-10-batches-py", np.random.default_rng(0)
     base.mkdir(parents=True)
-
-    def dump(name, content):
-        (base / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
     batch = lambda: {"data": rng.integers(0, 256, (2 * n, 3072), dtype=np.uint8), "labels": (list(range(10)) * n)[:2 * n]}
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "train_list", [dump(f"data_batch_{i}", batch()) for i in range(1, 6)])
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "test_list", [dump("test_batch", batch())])
-    name, md5 = dump("batches.meta", {"label_names": TEN})
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "train_list", [dump(base, f"data_batch_{i}", batch()) for i in range(1, 6)])
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "test_list", [dump(base, "test_batch", batch())])
+    name, md5 = dump(base, "batches.meta", {"label_names": TEN})
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
 
 
@@ -42,14 +44,10 @@ def write_cifar100(folder, monkeypatch, n=4):
     """A training and a test file of n images of each of 100 classes, pickled as they are distributed."""
     base, rng = folder / "cifar-100-python", np.random.default_rng(0)
     base.mkdir(parents=True)
-
-    def dump(name, content):
-        (base / name).write_bytes(pickle.dumps(content))
-        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
     for kind in ("train", "test"):
         content = {"data": rng.integers(0, 256, (100 * n, 3072), dtype=np.uint8), "fine_labels": list(range(100)) * n}
-        monkeypatch.setattr(torchvision.datasets.CIFAR100, f"{kind}_list", [dump(kind, content)])
-    name, md5 = dump("meta", {"fine_label_names": [f"thing {k}" for k in range(100)]})
+        monkeypatch.setattr(torchvision.datasets.CIFAR100, f"{kind}_list", [dump(base, kind, content)])
+    name, md5 = dump(base, "meta", {"fine_label_names": [f"thing {k}" for k in range(100)]})
     monkeypatch.setattr(torchvision.datasets.CIFAR100, "meta", {"filename": name, "key": "fine_label_names", "md5": md5})
 
 
