@@ -134,7 +134,7 @@ def write_captions(path, name, images, args, device):
     with common.replacing(partial) as f:
         f.write("".join(whole).encode())
     done, prepare = len(whole) - 1, common.to_input(coca, device)
-    todo = common.EvalImages([images.take(np.arange(done, len(images)), "train")], [preprocess], skip=True)
+    todo = common.EvalImages(images.take(np.arange(done, len(images)), "train"), [preprocess], skip=True)
     loader = torch.utils.data.DataLoader(todo, args.batch_size, num_workers=args.workers,
                                          worker_init_fn=common.quiet_worker)
     with open(partial, "a", encoding="utf-8", newline="\n") as f, \

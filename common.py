@@ -223,26 +223,21 @@ def autocast(device, precision):
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
-class _Gather(torch.autograd.Function):
-    """(n, d) of every rank -> (N, d). Every rank computes the loss of the whole batch, so the gradient that arrives
-    here is complete and needs no communication; times world, because `average_gradients` divides by it."""
-
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        ctx.n = len(x)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        rank, world = rank_world()
-        return grad[rank * ctx.n:(rank + 1) * ctx.n] * world
-
-
 def gather(x):
-    """The rows of all processes, (n, d) -> (N, d) in batch order, with gradient; x itself without torchrun."""
-    return _Gather.apply(x) if dist.is_initialized() else x
+    """The rows of all processes, (n, d) -> (N, d) in batch order, with gradient; x itself without torchrun.
+
+    Every process computes the loss of the whole batch, so the gradient of its own rows is complete and needs no
+    communication; it is multiplied by the processes, because `average_gradients` divides by them.
+    """
+    if not dist.is_initialized():
+        return x
+    rank, world = rank_world()
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.detach().contiguous())
+    if x.requires_grad:
+        parts[rank] = x.view_as(x)
+        parts[rank].register_hook(lambda grad: grad * world)
+    return torch.cat(parts)
 
 
 def average_gradients(parameters):
@@ -666,20 +661,18 @@ def _templates(root):
 
 def _match(images, root, classnames_root):
     """Say which columns of the training head the classes of an evaluation set are, in place."""
-    index = {c: k for k, c in enumerate(root.classes)}
-    if set(images.classes) <= set(index):                            # all of the training classes, or a subset
-        columns = [[index[c]] for c in images.classes]
-        images.classnames = [root.classnames[k] for k, in columns]
-    elif sorted(images.classes) == sorted(map(str, range(len(index)))):  # ImageNet-V2: the folder name is the index
-        columns = [[int(c)] for c in images.classes]                 # ... and sorts as a string: 0, 1, 10, 100, ...
-        images.classnames = [root.classnames[k] for k, in columns]
+    index, found = {c: k for k, c in enumerate(root.classes)}, set(images.classes)
+    if not found <= set(index) and found == set(map(str, range(len(index)))):
+        index = {str(k): k for k in range(len(index))}               # ImageNet-V2: the folder name is the index
+    if found <= set(index):                                          # all of the training classes, or a subset
+        images.columns = [[index[c]] for c in images.classes]
+        images.classnames = [root.classnames[k] for k, in images.columns]
     else:
-        columns, images.classnames = None, images.classnames or _classnames(images.classes, classnames_root)
+        images.classnames = images.classnames or _classnames(images.classes, classnames_root)
         new = [c for c in images.classes if c not in index]
         if rank_world()[0] == 0:
             print(f"{images.name}: {len(new)} of its {len(images.classes)} classes were not trained on "
                   f"({', '.join(new[:3])}{', ...' * (len(new) > 3)}): zero-shot head, not in the shift mean")
-    images.columns = columns
     return images
 
 
@@ -816,24 +809,16 @@ def read_root(args, need_train=True):
 # ---- reading images ------------------------------------------------------------------------------------------------
 
 def read_image(path, offset=0, size=-1):
-    """Decode an image file, or `size` bytes of it from `offset`. Raises Abort (code 1) naming the file."""
-    try:
-        with open(path, "rb") as f:
-            f.seek(offset)
-            data = f.read(size)
-    except OSError as e:
-        raise Abort(f"{path}: cannot be read ({e.strerror})", code=1)
-    return decode(data, f"{path} at byte {offset}" if offset else path)
-
-
-def decode(data, name):
-    """An encoded image (bytes) as uint8 RGB (3, H, W). Raises Abort (code 1) with `name` where nothing can.
+    """Decode an image file, or `size` bytes of it from `offset`: uint8 RGB (3, H, W). Raises Abort (code 1).
 
     By torchvision, and by Pillow what torchvision refuses. 16-bit values are scaled down; of an animation the first
     frame counts; orientation tags are ignored, as by open_clip. Images of more than 89 million pixels (Pillow's limit),
     or more than 100 times as long as wide, are refused by their header: resized, they would fill the memory.
     """
     try:
+        with open(path, "rb") as f:
+            f.seek(offset)
+            data = f.read(size)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:              # reads the header only
@@ -849,8 +834,9 @@ def decode(data, name):
                     image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
                 return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except Exception as e:                                           # Pillow raises whatever its plugins raise
-        raise Abort(f"{name}: not readable as an image ({type(e).__name__}: "
-                    f"{' '.join(str(e).split(' <')[0].split())[:120]})", code=1)
+        why = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split(" <")[0].split())[:120]
+        raise Abort(f"{path}{f' at byte {offset}' * (offset > 0)}: not readable as an image ({type(e).__name__}: {why})",
+                    code=1)
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -880,27 +866,20 @@ class TrainImages(torch.utils.data.Dataset):
         return image, int(self.images.labels[i]), i, int(state[1]), error
 
 
-class Batches:
-    """Batches of (epoch, i) for this process: the images in a new order each epoch, end to end, cut into batches.
+def batches(n, batch_size, steps, seed, start=0):
+    """Batches of (epoch, i) for this process, of steps start..steps-1: the n images in a new order each epoch, end to
+    end, cut into batches.
 
     Each image comes once an epoch; a batch may hold the end of one epoch and the start of the next. Process r takes
-    the r-th part of every global batch. `start` is the step to begin with.
+    the r-th part of every global batch.
     """
-
-    def __init__(self, n, batch_size, steps, seed, start=0):
-        self.n, self.batch, self.steps, self.seed, self.start = n, batch_size, steps, seed, start
-        self.order = functools.lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
-
-    def __len__(self):
-        return self.steps - self.start
-
-    def __iter__(self):
-        rank, world = rank_world()
-        share = self.batch // world
-        for step in range(self.start, self.steps):
-            first = step * self.batch + rank * share
-            places = [divmod(p, self.n) for p in range(first, first + share)]
-            yield [(epoch, int(self.order(epoch)[i])) for epoch, i in places]
+    order = functools.lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
+    rank, world = rank_world()
+    share = batch_size // world
+    for step in range(start, steps):
+        first = step * batch_size + rank * share
+        places = [divmod(p, n) for p in range(first, first + share)]
+        yield [(epoch, int(order(epoch)[i])) for epoch, i in places]
 
 
 def train_loader(images, preprocess, args, steps, device, start=0, batch_size=None, seed=None):
@@ -911,7 +890,7 @@ def train_loader(images, preprocess, args, steps, device, start=0, batch_size=No
     seed = args.seed if seed is None else seed
     loader = torch.utils.data.DataLoader(
         TrainImages(images, preprocess, seed), num_workers=args.workers, pin_memory=device.type == "cuda",
-        batch_sampler=Batches(len(images), batch_size or args.batch_size, steps, seed, start),
+        batch_sampler=batches(len(images), batch_size or args.batch_size, steps, seed, start),
         worker_init_fn=quiet_worker)
     for *batch, errors in loader:
         for error in set(errors) - {"", *images.bad}:
@@ -954,19 +933,17 @@ def ece(confidence, correct, bins=15):
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """All images of several sets, one after the other, ready for each of the models, and whether they could be read."""
+    """Each of the Images ready for each of the models, and whether it could be read."""
 
-    def __init__(self, sets, preprocesses, skip=False):
-        self.sets, self.preprocesses, self.skip = sets, preprocesses, skip
-        self.ends = np.cumsum([len(s) for s in sets])
+    def __init__(self, images, preprocesses, skip=False):
+        self.images, self.preprocesses, self.skip = images, preprocesses, skip
 
     def __len__(self):
-        return int(self.ends[-1])
+        return len(self.images)
 
     def __getitem__(self, i):
-        k = int(np.searchsorted(self.ends, i, side="right"))
         try:
-            x, readable = self.sets[k].read(i - self.ends[k] + len(self.sets[k])), True
+            x, readable = self.images.read(i), True
         except Abort:
             if not self.skip:
                 raise
@@ -983,7 +960,8 @@ def image_features(models, preprocesses, sets, args, device, title="evaluating",
     Process r reads images r, r + world, ...: each image once, whatever the sizes; all processes get all features.
     """
     rank, world = rank_world()
-    images, prepare = EvalImages(sets, preprocesses, skip), [to_input(model, device) for model in models]
+    images = torch.utils.data.ConcatDataset([EvalImages(s, preprocesses, skip) for s in sets])
+    prepare = [to_input(model, device) for model in models]
     if len(images) < world:
         raise Abort(f"{len(images)} images cannot be shared out to {world} processes")
     mine = torch.utils.data.Subset(images, range(rank, len(images), world))
@@ -1258,7 +1236,8 @@ class Log:
         """
         if rank_world()[0] == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
-            if not all(t.isfinite().all() for t in _tensors(state)):
+            modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+            if not all(p.isfinite().all() for module in modules for p in module.parameters()):
                 raise Abort(f"weights are not finite after step {step - 1}; {self.args.out} keeps the last good "
                             "checkpoint", code=1)
             with replacing(os.path.join(self.args.out, "last.pt")) as f:
@@ -1276,14 +1255,6 @@ class Log:
         Log.in_loop = False
         if Log.asked and not self.stop:
             on_signal(Log.asked, None)
-
-
-def _tensors(state):
-    """All floating point tensors in nested dicts and lists."""
-    if isinstance(state, torch.Tensor):
-        return [state] if state.is_floating_point() else []
-    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
-    return [tensor for x in inner for tensor in _tensors(x)]
 
 
 # flags that do not change a run; the last three do by rounding only
@@ -1324,17 +1295,13 @@ def begin(args, root, *files):
     began = os.path.isfile(last) or os.path.isfile(log)              # a run that failed before its first step did not
     if os.path.isfile(path) and began and not args.overwrite:
         old = read_json(path)
-        if set(old) != set(flags):
-            raise Abort(f"--out {args.out} holds a run of another script; give another --out, or --overwrite")
-        changed = [k for k in flags if k not in FREE and flags[k] != old[k]]
-        if changed == ["images"]:
-            raise Abort(f"--out {args.out} holds a run on other images or texts: files in {args.data} or --eval came "
-                        "or went, or names, templates, captions or the pool changed; give another --out, or "
-                        "--overwrite")
+        changed = {k: f"--{k.replace('_', '-')} {old.get(k)}" for k in {**old, **flags}
+                   if k not in FREE and old.get(k) != flags.get(k)}
+        if "images" in changed:
+            changed["images"] = "other images or texts: files, class names, templates, captions or the pool changed"
         if changed:
-            raise Abort(f"--out {args.out} holds a run with other flags ("
-                        + ", ".join(f"--{k.replace('_', '-')} {old[k]}" for k in changed if k != "images")
-                        + "); give another --out, or --overwrite")
+            raise Abort(f"--out {args.out} holds another run ({', '.join(changed.values())}); give another --out, or "
+                        "--overwrite")
         if os.path.isfile(done) and not args.no_resume:
             results = read_json(done)
         if os.path.isfile(last) and not args.no_resume:

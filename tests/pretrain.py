@@ -115,7 +115,8 @@ def pretrain(model, pixels, group, captions, args, device):
     model.train().visual.to(memory_format=torch.channels_last)       # faster on a CPU
     model.token_embedding.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.05)
-    bar = tqdm(common.Batches(len(pixels), args.batch_size, args.steps, args.seed), "pretraining", unit="step")
+    batches = common.batches(len(pixels), args.batch_size, args.steps, args.seed)
+    bar = tqdm(batches, "pretraining", args.steps, unit="step")
     for step, batch in enumerate(bar):
         optimizer.param_groups[0]["lr"] = common.cosine_lr(step, args.steps, 100, 2e-3)
         rows = torch.tensor([i for _, i in batch])

@@ -119,18 +119,18 @@ def test_cosine_lr():
 
 def test_batches_hold_each_image_once_an_epoch(monkeypatch):
     """17 images, batches of 5: ten epochs are 34 steps, every epoch an order of its own, ranks cut the same batches."""
-    run = [item for batch in common.Batches(17, 5, 34, seed=3) for item in batch]
+    run = [item for batch in common.batches(17, 5, 34, seed=3) for item in batch]
     for epoch in range(10):
         assert sorted(i for e, i in run if e == epoch) == list(range(17))
     assert [i for e, i in run if e == 0] != [i for e, i in run if e == 1]
-    late = [item for batch in common.Batches(17, 5, 34, seed=3, start=20) for item in batch]
+    late = [item for batch in common.batches(17, 5, 34, seed=3, start=20) for item in batch]
     assert late == run[100:]
     shares = []
     for rank in range(2):
         monkeypatch.setattr(common, "rank_world", lambda: (rank, 2))
-        shares.append(list(common.Batches(17, 4, 40, seed=3)))
+        shares.append(list(common.batches(17, 4, 40, seed=3)))
     monkeypatch.undo()
-    whole = list(common.Batches(17, 4, 40, seed=3))
+    whole = list(common.batches(17, 4, 40, seed=3))
     assert [a + b for a, b in zip(*shares)] == whole
 
 

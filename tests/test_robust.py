@@ -279,11 +279,11 @@ def test_links_folders_and_permissions(tmp_path):
     (tmp_path / "train" / "a" / "x.jpg").mkdir()
     images = common._scan(str(tmp_path / "train"), str(tmp_path))
     assert [images.file(i) for i in range(3)] == ["train/a/0.png", "train/a/1.png", "train/a/link.png"]
-    with pytest.raises(common.Abort, match="link.png: cannot be read"):
+    with pytest.raises(common.Abort, match="link.png: not readable as an image .FileNotFound"):
         images.read(2)
     os.chmod(tmp_path / "train" / "b" / "0.png", 0)
     if os.geteuid():
-        with pytest.raises(common.Abort, match="b/0.png: cannot be read .Permission"):
+        with pytest.raises(common.Abort, match="b/0.png: not readable as an image .Permission"):
             images.read(3)
 
 
