@@ -14,6 +14,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,12 +50,23 @@ ABLATIONS = {
 }
 
 
-def run(args, name, command):
-    """Run `command`, (script, flags ...), with its output in --out/<name>, unless it is there; its results.json."""
+def folder_of(args, name, command):
+    """--out/<name>, emptied if it is another command's; `command` is a list of strings."""
     out = os.path.join(args.out, name.replace(" ", "_").replace("/", "_"))
+    file = os.path.join(out, "command.json")
+    if not os.path.isfile(file) or json.load(open(file)) != command:
+        shutil.rmtree(out, ignore_errors=True)
+        os.makedirs(out)
+        with open(file, "w") as f:
+            json.dump(command, f)
+    return out
+
+
+def run(args, name, command):
+    """Run `command`, [script, flag, ...], with its output in --out/<name>, unless it is there; its results.json."""
+    out = folder_of(args, name, command)
     done = os.path.join(out, "results.json")
     if not (os.path.isfile(done) and "sets" in json.load(open(done))):
-        os.makedirs(out, exist_ok=True)
         script, flags = command[0][:-3], [c for c in command[1:] if " = " not in c]
         patch = "; ".join(c for c in command[1:] if " = " in c)
         code = f"import sys, {script}; {patch}\n{script}.main(sys.argv[1:])"
@@ -170,7 +182,7 @@ def train_alone(args, root):
     return alone
 
 
-RATES, SPLITS = ("3e-5", "1e-4", "3e-4", "1e-3"), 2              # trials of each method: 8
+RATES, SPLITS = ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3"), 2      # trials of each method: 10
 
 
 def pacs(args):
@@ -199,9 +211,9 @@ def pacs(args):
         at = {m: m if chosen[m] == lr else f"{m} at {lr}" for m in [b, *(m for m in baseline if baseline[m] == b)]}
         final.update({name: (m, lr) for m, name in at.items()})
         pairs += [(at[m], at[b]) for m in at if m != b]
-    results = run_all(args, {f"{name}-{s}": [
-        *METHODS[m], *own[m], *shared, "--data", args.root, "--lr", lr, "--seed", str(s)]
-        for s in range(args.seeds) for name, (m, lr) in final.items()})
+    commands = {f"{name}-{s}": [*METHODS[m], *own[m], *shared, "--data", args.root, "--lr", lr, "--seed", str(s)]
+                for s in range(args.seeds) for name, (m, lr) in final.items()}
+    results = run_all(args, commands)
     zero_shot = results["FT-0"]["zero_shot"]
     sets = list(zero_shot["sets"])
     new = [n for n in sets if zero_shot["sets"][n]["head"] == "zero-shot"]
@@ -222,11 +234,12 @@ def pacs(args):
     print("\nWiSE-FT, top-1 on val / shift mean / the others, by weight of the tuned model; mean over the seeds\n")
     weights, table = ("0.25", "0.5", "0.75"), {}
     for m in METHODS:
-        out = os.path.join(args.out, f"wise-{m}")
+        runs = [f"{m}-{s}" for s in range(args.seeds)]
+        command = ["evaluate.py", "--data", args.root, "--workers", "0", "--wise", *weights,
+                   "--model", *(os.path.join(args.out, r) for r in runs)]
+        out = folder_of(args, f"wise-{m}", command + sum((commands[r] for r in runs), []))
         if not os.path.isfile(os.path.join(out, "results.json")):
-            runs = [os.path.join(args.out, f"{m}-{s}") for s in range(args.seeds)]
-            subprocess.run([sys.executable, "evaluate.py", "--data", args.root, "--workers", "0", "--out", out,
-                            "--model", *runs, "--wise", *weights],
+            subprocess.run([sys.executable, *command, "--out", out],
                            cwd=REPO, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         found = [c for c in json.load(open(os.path.join(out, "results.json"))).values() if "runs" not in c]
         points = [[zero_shot], *([c for c in found if c["alpha"] == float(w)] for w in weights),

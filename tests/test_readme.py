@@ -200,17 +200,21 @@ def test_evidence_runs_a_script_with_a_change(tiny_root, clip, tmp_path):
     """A change that no flag has, as in the ablations, is in force in the run; a finished run is not repeated."""
     args = type("Args", (), {"out": str(tmp_path), "jobs": 1})
     flags = ["--data", tiny_root, "--model", clip(), "--max-steps", "1", "--batch-size", "4", "--warmup", "0", "--workers", "0"]
-    one = evidence.run(args, "CaRot, changed-0", ["calft.py", *flags, "f = calft.orthogonality; calft.orthogonality = lambda W: 0 * f(W)"])
+    command = ["calft.py", *flags, "f = calft.orthogonality; calft.orthogonality = lambda W: 0 * f(W)"]
+    one = evidence.run(args, "CaRot, changed-0", command)
     line = json.loads(open(tmp_path / "CaRot,_changed-0" / "log.jsonl").readline())
     assert line["orthogonality"] == 0 and line["cross_frobenius"] > 0
     changed = os.path.getmtime(tmp_path / "CaRot,_changed-0" / "log.jsonl")
-    assert evidence.run(args, "CaRot, changed-0", ["no such script"]) == one
+    assert evidence.run(args, "CaRot, changed-0", command) == one
     assert os.path.getmtime(tmp_path / "CaRot,_changed-0" / "log.jsonl") == changed
+    other = evidence.run(args, "CaRot, changed-0", command[:-1])     # of another command: made anew
+    assert other["sets"]["val"]["nll"] != one["sets"]["val"]["nll"]
 
 
 def test_evidence_chooses_on_held_out_images_and_averages_over_seeds(tmp_path, monkeypatch, capsys):
     """The recipe with the best mean over splits, of equals the smaller rate; means and deviations by numpy."""
-    held = {"3e-5": (0.5, 0.7), "1e-4": (0.8, 0.8), "3e-4": (0.9, 0.7), "1e-3": (0.1, 0.99)}  # ARF: 1e-3, see below
+    held = {"3e-5": (0.5, 0.7), "1e-4": (0.8, 0.8), "3e-4": (0.9, 0.7), "1e-3": (0.1, 0.99),  # ARF: 1e-3, see below
+            "3e-3": (0.1, 0.1)}
     final, rng = {}, np.random.default_rng(0)
 
     def run(args, name, command):
@@ -230,7 +234,6 @@ def test_evidence_chooses_on_held_out_images_and_averages_over_seeds(tmp_path, m
 
     def wise(command, **kw):
         out, alphas = command[command.index("--out") + 1], ("0", "0.25", "0.5", "0.75", "1")
-        os.makedirs(out)
         with open(f"{out}/results.json", "w") as f:
             json.dump({f"{s} {w}": {**final[f"FT-{s}"], "alpha": float(w)} for s in range(3) for w in alphas}, f)
     monkeypatch.setattr(evidence.subprocess, "run", wise)
@@ -239,7 +242,7 @@ def test_evidence_chooses_on_held_out_images_and_averages_over_seeds(tmp_path, m
                              "pool": "pool.tsv", "epochs": 10, "seeds": 3})
     evidence.pacs(args)
     said = capsys.readouterr().out
-    assert "| FT | 60.0 | **80.0** | 80.0 | 54.5 |" in said
+    assert "| FT | 60.0 | **80.0** | 80.0 | 54.5 | 10.0 |" in said
     values = [100 * final[f"CaRot-{s}"]["sets"]["cifar10"]["top1"] for s in range(3)]
     assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" in said
     d = [100 * (final[f"CaRot-{s}"]["shift_mean"]["ece"] - final[f"FLYP-{s}"]["shift_mean"]["ece"]) for s in range(3)]
