@@ -24,6 +24,7 @@ from bench import REPO, system                                  # which lets the
 METHODS = {"FT": ("carft.py", "--lam", "0"), "CAR-FT": ("carft.py",),
            "FLYP": ("calft.py", "--oc", "0", "--sd", "0", "--cross-fnorm", "0"), "CaRot": ("calft.py",),
            "ARF": ("anchor.py",)}
+BASELINES = {"CAR-FT": "FT", "CaRot": "FLYP", "ARF": "FLYP"}
 
 # {method: {what changes: its flags, or for what no flag changes a statement that runs before main()}}
 ABLATIONS = {
@@ -104,7 +105,7 @@ def claims(rows, pairs, seeds):
     print("\nDifferences by seed:")
     for a, b, measure, better in pairs:
         d = [100 * (x - y) for x, y in zip(rows[a][measure], rows[b][measure])]
-        print(f"{a + ' over ' + b:<34}{measure:<16}{statistics.mean(d):+6.1f} ± {statistics.stdev(d):.1f}   "
+        print(f"{a + ' over ' + b:<36}{measure:<16}{statistics.mean(d):+6.1f} ± {statistics.stdev(d):.1f}   "
               f"better in {sum(better * x > 0 for x in d)} of {seeds} seeds")
 
 
@@ -203,18 +204,15 @@ def pacs(args):
     markdown(RATES, {m: [f"**{100 * t:.1f}**" if lr == chosen[m] else f"{100 * t:.1f}" for lr, t in held[m].items()]
                      for m in METHODS})
 
-    # each method at its own rate; where its baseline has another, all that have this baseline at the method's rate too
-    baseline = {"CAR-FT": "FT", "CaRot": "FLYP", "ARF": "FLYP"}
-    final, pairs = {m: (m, chosen[m]) for m in METHODS}, list(baseline.items())
-    for lr in sorted({chosen[m] for m, b in baseline.items() if chosen[m] != chosen[b]}):
-        b = next(b for m, b in baseline.items() if chosen[m] == lr != chosen[b])
-        at = {m: m if chosen[m] == lr else f"{m} at {lr}" for m in [b, *(m for m in baseline if baseline[m] == b)]}
-        final.update({name: (m, lr) for m, name in at.items()})
-        pairs += [(at[m], at[b]) for m in at if m != b]
+    # every method at every rate that was chosen for one; compared at each of them, and each at its own
+    rates = [lr for lr in RATES if lr in chosen.values()]
+    final = {f"{m} at {lr}": (m, lr) for lr in rates for m in METHODS}
+    pairs = [(f"{a} at {lr}", f"{b} at {lr}") for lr in rates for a, b in BASELINES.items()] + [
+        (f"{a} at {chosen[a]}", f"{b} at {chosen[b]}") for a, b in BASELINES.items() if chosen[a] != chosen[b]]
     commands = {f"{name}-{s}": [*METHODS[m], *own[m], *shared, "--data", args.root, "--lr", lr, "--seed", str(s)]
                 for s in range(args.seeds) for name, (m, lr) in final.items()}
     results = run_all(args, commands)
-    zero_shot = results["FT-0"]["zero_shot"]
+    zero_shot = results[f"FT at {rates[0]}-0"]["zero_shot"]
     sets = list(zero_shot["sets"])
     new = [n for n in sets if zero_shot["sets"][n]["head"] == "zero-shot"]
     print(f"\n{args.seeds} seeds, mean ± standard deviation in percent; classes of {', '.join(new)} not trained on")
@@ -234,17 +232,17 @@ def pacs(args):
     print("\nWiSE-FT, top-1 on val / shift mean / the others, by weight of the tuned model; mean over the seeds\n")
     weights, table = ("0.25", "0.5", "0.75"), {}
     for m in METHODS:
-        runs = [f"{m}-{s}" for s in range(args.seeds)]
+        runs = [f"{m} at {chosen[m]}-{s}" for s in range(args.seeds)]
         command = ["evaluate.py", "--data", args.root, "--workers", "0", "--wise", *weights,
-                   "--model", *(os.path.join(args.out, r) for r in runs)]
+                   "--model", *(os.path.join(args.out, r.replace(" ", "_")) for r in runs)]
         out = folder_of(args, f"wise-{m}", command + sum((commands[r] for r in runs), []))
         if not os.path.isfile(os.path.join(out, "results.json")):
             subprocess.run([sys.executable, *command, "--out", out],
                            cwd=REPO, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         found = [c for c in json.load(open(os.path.join(out, "results.json"))).values() if "runs" not in c]
         points = [[zero_shot], *([c for c in found if c["alpha"] == float(w)] for w in weights),
-                  [results[f"{m}-{s}"] for s in range(args.seeds)]]
-        table[m] = [" / ".join(f"{100 * statistics.mean(f(r) for r in point):.1f}" for f in (
+                  [results[r] for r in runs]]
+        table[f"{m} at {chosen[m]}"] = [" / ".join(f"{100 * statistics.mean(f(r) for r in point):.1f}" for f in (
             lambda r: r["sets"]["val"]["top1"], lambda r: r["shift_mean"]["top1"],
             *(lambda r, n=n: r["sets"][n]["top1"] for n in new))) for point in points]
     markdown(["0", *weights, "1"], table)
