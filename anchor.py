@@ -53,7 +53,7 @@ def read_captions(path, images):
             if text in captions[index[file]]:
                 raise common.Abort(f"{path} line {line}: the same caption twice for {file}")
             captions[index[file]].append(text)
-        elif not os.path.isfile(os.path.join(images.base, file)):
+        elif file.rpartition("/")[0] not in images.pixels and not os.path.isfile(os.path.join(images.base, file)):
             raise common.Abort(f"{path} line {line}: there is no image {os.path.join(images.base, file)}")
     without = [i for i, c in enumerate(captions) if not c]
     if without:

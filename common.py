@@ -183,8 +183,8 @@ def parse(parser, device, argv=None):
         if value is not None and not low <= value < (2 ** 63 if name == "seed" else math.inf):
             raise Abort(f"--{name.replace('_', '-')} must be a finite number and at least {low}, not {value}"
                         + " (and less than 2^63)" * (name == "seed"))
-    if as_folder(args.data) == args.data:
-        args.data = os.path.abspath(args.data)
+    name, folder = _split_name(args.data)
+    args.data = f"{name}:{folder}" if name else os.path.abspath(folder)
     if not 0 < args.val_frac < 1:
         raise Abort(f"--val-frac must lie between 0 and 1, not {args.val_frac}")
     world, accum = rank_world()[1], getattr(args, "accum", 1)
@@ -234,9 +234,7 @@ def gather(x):
     rank, world = rank_world()
     parts = [torch.empty_like(x) for _ in range(world)]
     dist.all_gather(parts, x.detach().contiguous())
-    if x.requires_grad:
-        parts[rank] = x.view_as(x)
-        parts[rank].register_hook(lambda grad: grad * world)
+    parts[rank] = x.detach() + world * (x - x.detach())              # x, its gradient times world
     return torch.cat(parts)
 
 
@@ -483,12 +481,12 @@ class Images(torch.utils.data.Dataset):
     Evaluated with the training head, the logit of classes[k] is the greatest of its columns columns[k], mostly one;
     columns None: a class was not trained on, and the set gets a zero-shot head of its own, with its own `templates` if
     it has some. `border` pixels are cut off on each side. group: the --eval folder of image folders that the set is
-    part of.
+    part of. pixels {group: (n, H, W, 3)}: where file group/17 is no file but row 17 of an array.
     """
 
-    def __init__(self, name, base, files, labels, classes, classnames=None, columns=None):
+    def __init__(self, name, base, files, labels, classes, classnames=None, columns=None, pixels={}):
         self.name, self.base, self.classes, self.classnames, self.columns = name, base, classes, classnames, columns
-        self.border, self.group, self.templates = 0, None, None
+        self.border, self.group, self.templates, self.pixels = 0, None, None, pixels
         self.bad = []                                                # what training said of those it could not read
         # one block of bytes, which workers share
         self.files = files if isinstance(files, np.ndarray) else np.array([os.fsencode(f) for f in files])
@@ -504,16 +502,20 @@ class Images(torch.utils.data.Dataset):
         return os.path.join(self.base, self.file(i))
 
     def read(self, i):
+        group, _, row = self.file(i).rpartition("/")
+        if group in self.pixels:
+            return torch.from_numpy(self.pixels[group][int(row)]).permute(2, 0, 1)
         b, x = self.border, read_image(self.path(i))
         return x[:, b:x.shape[1] - b, b:x.shape[2] - b]
 
     def take(self, keep, name):
-        return Images(name, self.base, self.files[keep], self.labels[keep], self.classes, self.classnames, self.columns)
+        return Images(name, self.base, self.files[keep], self.labels[keep], self.classes, self.classnames, self.columns,
+                      self.pixels)
 
 
 class Root:
-    """What a ROOT holds: train, val and shifts (Images), classes (folder names), classnames, templates; held_out,
-    whether val was held out of the training images; test, the one of `shifts` that is none, but val's sibling."""
+    """What a ROOT holds: train, val and shifts (Images), classes (folder names), classnames, templates; test, the name
+    of the one of `shifts` that is none, but val's sibling."""
 
 
 def _subfolders(path):
@@ -551,69 +553,68 @@ def _scan(path, base, name=None):
                   classes)
 
 
-# torchvision's sets: its class, its splits to train on, for val (None: none) and to test on, CLIP's first template
+# torchvision's sets: its class, the splits to train on, for val (None: held out) and to test on, CLIP's first template
 SETS = {
-    "cifar10": ("CIFAR10", "train", None, "test", "a photo of a {}."),
-    "cifar100": ("CIFAR100", "train", None, "test", "a photo of a {}."),
-    "food101": ("Food101", "train", None, "test", "a photo of {}, a type of food."),
-    "cars": ("StanfordCars", "train", None, "test", "a photo of a {}."),
-    "pets": ("OxfordIIITPet", "trainval", None, "test", "a photo of a {}, a type of pet."),
-    "aircraft": ("FGVCAircraft", "train", "val", "test", "a photo of a {}, a type of aircraft."),
-    "flowers102": ("Flowers102", "train", "val", "test", "a photo of a {}, a type of flower."),
-    "dtd": ("DTD", "train", "val", "test", "a photo of a {} texture."),
+    "cifar10": ("CIFAR10", ("train", None, "test"), "a photo of a {}."),
+    "cifar100": ("CIFAR100", ("train", None, "test"), "a photo of a {}."),
+    "food101": ("Food101", ("train", None, "test"), "a photo of {}, a type of food."),
+    "cars": ("StanfordCars", ("train", None, "test"), "a photo of a {}."),
+    "pets": ("OxfordIIITPet", ("trainval", None, "test"), "a photo of a {}, a type of pet."),
+    "aircraft": ("FGVCAircraft", ("train", "val", "test"), "a photo of a {}, a type of aircraft."),
+    "flowers102": ("Flowers102", ("train", "val", "test"), "a photo of a {}, a type of flower."),
+    "dtd": ("DTD", ("train", "val", "test"), "a photo of a {} texture."),
 }
 
 
-def as_folder(path):
-    """`path`; for NAME:FOLDER, one of torchvision's SETS, FOLDER/NAME-folders: a ROOT, made at first. Raises Abort.
+def _split_name(path):
+    """(NAME, folder) of NAME:FOLDER, (None, path) of any other path."""
+    name, colon, folder = path.partition(":")
+    return (name, os.path.abspath(folder)) if colon and name in SETS else (None, path)
 
-    Its train/, val/ (where the set has one) and test/ hold links to the images, or PNGs of CIFAR, which is not files;
-    test/templates.txt is the set's own prompt. The set is downloaded into FOLDER if need be.
-    """
-    name, _, folder = path.partition(":")
-    if name not in SETS or not folder:
-        return path
+
+def _torchvision(path, part, title):
+    """The Images of a split (0: to train on, 1: val, 2: to test on) of NAME:FOLDER, downloaded if need be; or Abort."""
+    name, folder = _split_name(path)
+    (cls, splits, template), rank = SETS[name], rank_world()[0]
+    if splits[part] is None:
+        raise Abort(f"--val {path}: {name} has no val split; without --val some of its training images are held out")
     if not os.path.isdir(folder):
         raise Abort(f"{path}: {folder} is not a folder (make it, and {name} is downloaded into it)")
-    root = os.path.join(os.path.abspath(folder), f"{name}-folders")
-    if rank_world()[0] == 0 and not os.path.isdir(root):             # one process makes it, the others find it made
-        if name in ("cars", "flowers102") and importlib.util.find_spec("scipy") is None:
-            raise Abort(f"{path}: torchvision reads {name} by scipy: pip install scipy")
-        (cls, *splits, template), new = SETS[name], f"{root}.{os.getpid()}"
-        try:
-            for part, split in zip(("train", "val", "test"), splits):
-                if split is None:
-                    continue
-                make = functools.partial(getattr(torchvision.datasets, cls), folder, **(
-                    {"train": part == "train"} if name.startswith("cifar") else {"split": split}))
-                try:
-                    d = make()
-                except RuntimeError:
-                    print(f"{name} is not in {folder}, or not whole: downloading it")
-                    d = make(download=True)
-                pairs = getattr(d, "_samples", None) or zip(
-                    getattr(d, "_image_files", None) or getattr(d, "_images", None) or d.data,
-                    getattr(d, "_labels", None) or d.targets)
-                for i, (image, y) in enumerate(pairs):
-                    place = os.path.join(new, part, d.classes[y].replace("/", "-"))
-                    os.makedirs(place, exist_ok=True)
-                    if isinstance(image, np.ndarray):
-                        Image.fromarray(image).save(os.path.join(place, f"{i:05}.png"))
-                    else:
-                        os.symlink(os.path.relpath(image, place), os.path.join(place, os.path.basename(image)))
-            names = "".join(f"{c.replace('/', '-')}\t{c.replace('_', ' ')}\n" for c in d.classes)
-            for file, text in (("classnames.txt", names), ("test/templates.txt", template)):
-                with replacing(os.path.join(new, file)) as f:
-                    f.write(text.encode())
-            os.rename(new, root)
-        except Exception as e:                                       # no network, a dead address, broken annotations
-            raise Abort(f"{path}: torchvision {torchvision.__version__} cannot open or download {cls} in {folder} "
-                        f"({type(e).__name__}: {' '.join(str(e).split())[:200]})", code=1)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    if dist.is_initialized():
-        dist.barrier()
-    return root
+    if name in ("cars", "flowers102") and importlib.util.find_spec("scipy") is None:
+        raise Abort(f"{path}: torchvision reads {name} by scipy: pip install scipy")
+    split = {"train": part < 2} if name.startswith("cifar") else {"split": splits[part]}
+    make = functools.partial(getattr(torchvision.datasets, cls), folder, **split)
+    try:
+        if rank == 0:                                                # one process downloads, the others find it there
+            try:
+                make()
+            except RuntimeError:
+                print(f"{name} is not in {folder}, or not whole: downloading it")
+                make(download=True)
+        if dist.is_initialized():
+            dist.barrier()
+        d = make()
+        classes = d.classes                                          # Flowers102 of torchvision 0.19 has none
+        labels = getattr(d, "targets", None) or getattr(d, "_labels", None) or [y for _, y in d._samples]
+    except Exception as e:                                           # no network, a dead address, broken annotations
+        raise Abort(f"{path}: torchvision {torchvision.__version__} cannot open or download {cls} in {folder} "
+                    f"({type(e).__name__}: {' '.join(str(e).split())[:200]})", code=1)
+    pixels = {}
+    if hasattr(d, "data"):                                           # CIFAR is not files
+        pixels = {f"{name}:{splits[part]}": d.data}
+        files = [f"{name}:{splits[part]}/{i}" for i in range(len(d))]
+    else:
+        files = getattr(d, "_image_files", None) or getattr(d, "_images", None) or [f for f, _ in d._samples]
+        files = [os.path.relpath(f, folder) for f in files]
+    images = Images(title, folder, files, labels, list(classes), _classnames(classes, folder), pixels=pixels)
+    images.templates = [template]
+    return images
+
+
+def _open(path, base, part, name=None):
+    """The Images of a class folder (relative to base or not), or of split `part` of NAME:FOLDER, called `name`."""
+    own, _ = _split_name(path)
+    return _torchvision(path, part, name or own) if own else _scan(os.path.join(base, path), base, name)
 
 
 def read_lines(path):
@@ -645,11 +646,11 @@ def _classnames(classes, root):
     return called
 
 
-def _templates(folder, default):
-    """Prompt templates: folder/templates.txt, a line each with {} where the class goes, or the default."""
-    path = os.path.join(folder, "templates.txt")
+def _templates(root):
+    """Prompt templates: root/templates.txt, a line each with {} where the class goes > OpenAI's 80."""
+    path = os.path.join(root, "templates.txt")
     if not os.path.isfile(path):
-        return default
+        return list(open_clip.OPENAI_IMAGENET_TEMPLATES)
     lines = [line.strip() for line in read_lines(path) if line.strip()]
     if not lines or not all("{}" in line for line in lines):
         raise Abort(f"{path}: expected one template a line, each with {{}} where the class name goes")
@@ -703,6 +704,8 @@ def _objectnet(path, root, name):
 
 def _eval_sets(path, root, classnames_root, name=None):
     """The evaluation sets of a folder: itself, or those of its subfolders (ImageNet-C's corruption/severity/class)."""
+    if _split_name(path)[0]:
+        return [_match(_open(path, root.base, 2, name), root, None)]
     if os.path.basename(os.path.normpath(path)) == "images" and os.path.isdir(os.path.join(path, "..", "mappings")):
         path = os.path.dirname(os.path.abspath(path))                # of ObjectNet, the folder above is meant
     name = name or os.path.basename(os.path.normpath(path))
@@ -710,60 +713,64 @@ def _eval_sets(path, root, classnames_root, name=None):
         return [_objectnet(path, root, name)]
     inner = [d for d in _subfolders(path) if _subfolders(os.path.join(path, d))] if os.path.isdir(path) else []
     if not inner or _is_image_folder(path):
-        images = _match(_scan(path, root.base, name), root, classnames_root)
-        images.templates = _templates(path, None)
-        return [images]
+        return [_match(_scan(path, root.base, name), root, classnames_root)]
     sets = [s for d in inner for s in _eval_sets(os.path.join(path, d), root, classnames_root, f"{name}/{d}")]
     for s in sets:
         s.group = name
     return sets
 
 
+def val_folder(data, val):
+    """Where val is, by --data and --val: --val, ROOT/val, NAME:FOLDER itself; None: held out of the training images."""
+    own, base = _split_name(data)
+    return val or (data if own and SETS[own][1][1] else "val" if not own and os.path.isdir(f"{base}/val") else None)
+
+
 @saying("reading the image folders")
 def read_root(args, need_train=True):
     """Read --data, --train, --val, --val-frac and --eval into a Root. Raises Abort for what does not fit together.
 
-    Each may be NAME:FOLDER, one of torchvision's SETS: its train, val and test folders.
+    Each may be NAME:FOLDER, one of torchvision's SETS; as --data it is trained on and evaluated by its own splits.
     need_train False (evaluation): where there is a val, of the training folders only the class names are read, and
     without those folders val's classes stand in for them.
     """
-    root, base = Root(), as_folder(args.data)
+    root, (own, base) = Root(), _split_name(args.data)
     if not os.path.isdir(base):
         raise Abort(f"--data {args.data} is not a folder" + (
             f", and torchvision's sets are {', '.join(SETS)}" if ":" in args.data else ""))
     root.base = base
-
-    def where(d, split):
-        folder = as_folder(d)
-        return os.path.join(base, d) if folder == d else os.path.join(folder, split)
-    folders = [where(d, "train") for d in args.train]
-    val = where(args.val or "val", "val") if args.val or os.path.isdir(os.path.join(base, "val")) else None
-    missing = [d for d, folder in zip(args.train, folders) if not os.path.isdir(folder)]
+    where = lambda d: d if _split_name(d)[0] else os.path.join(base, d)
+    folders, val = [args.data] if own and args.train == ["train"] else args.train, val_folder(args.data, args.val)
+    missing = [d for d in folders if not _split_name(d)[0] and not os.path.isdir(where(d))]
     if missing and (need_train or val is None):
-        raise Abort(f"--data {base} has no folder {missing[0]} (expected {where(missing[0], 'train')}/<class>/*.jpg; "
-                    "--train names another)")
+        raise Abort(f"--data {base} has no folder {missing[0]} (expected {where(missing[0])}/<class>/*.jpg; --train "
+                    "names another)")
 
     if need_train or val is None:
-        parts = [_scan(d, base) for d in folders]
+        parts = [_open(d, base, 0) for d in folders]
         root.classes = sorted(set().union(*(p.classes for p in parts)))
         labels = [[root.classes.index(c) for c in p.classes] for p in parts]
         groups = [p.labels + 10**6 * i for i, p in enumerate(parts)]                 # a class of a training folder
-        train = Images("train", base, np.concatenate([p.files for p in parts]), np.concatenate(
-            [np.take(lab, p.labels) for lab, p in zip(labels, parts)]), root.classes)
+        files = [p.files if p.base == base or p.pixels else np.array([os.fsencode(p.path(i)) for i in range(len(p))])
+                 for p in parts]
+        pixels = {group: rows for p in parts for group, rows in p.pixels.items()}
+        train = Images("train", base, np.concatenate(files), np.concatenate(
+            [np.take(lab, p.labels) for lab, p in zip(labels, parts)]), root.classes, pixels=pixels)
     else:
-        root.classes, train = sorted(set().union(*map(_subfolders, [val] if missing else folders))), None
+        of_classes = [_torchvision(d, 0, "train").classes if _split_name(d)[0] else _subfolders(where(d))
+                      for d in ([val] if missing else folders)]
+        root.classes, train = sorted(set().union(*of_classes)), None
     if len(root.classes) < 2:
-        raise Abort(f"{folders[0]} holds {len(root.classes)} class folder(s); classification needs two")
-    root.classnames = _classnames(root.classes, base)
-    root.templates = _templates(base, list(open_clip.OPENAI_IMAGENET_TEMPLATES))
+        raise Abort(f"{where(args.train[0])} holds {len(root.classes)} class folder(s); classification needs two")
+    root.classnames, root.templates = _classnames(root.classes, base), _templates(base)
     if train is not None:
         train.classnames = root.classnames
 
     if val is not None:
-        root.val = _scan(val, base, "val")
+        root.val = _open(val, base, 1, "val")
         lacking = sorted(set(root.val.classes) - set(root.classes))
         if lacking:
-            raise Abort(f"--val {val} has classes that training lacks: {', '.join(lacking[:5])}"
+            raise Abort(f"--val {where(val)} has classes that training lacks: {', '.join(lacking[:5])}"
                         + (f" and {len(lacking) - 5} more" if len(lacking) > 5 else ""))
         root.val.labels = np.take([root.classes.index(c) for c in root.val.classes], root.val.labels)
     else:                                                            # hold some of every class of every folder out:
@@ -777,24 +784,21 @@ def read_root(args, need_train=True):
         if not held.any():
             raise Abort(f"{base} has no val/ and too few images a class to hold some out; name a folder with --val")
         root.val, train = train.take(held, "val"), train.take(~held, "train")
-    root.train, root.held_out = train, val is None
-    root.val.classes, root.val.classnames = root.classes, root.classnames
+    root.train, root.val.classes, root.val.classnames = train, root.classes, root.classnames
     root.val.columns = [[k] for k in range(len(root.classes))]       # val is never scored on a subset of the classes
 
-    used = {os.path.realpath(d) for d in [*folders, val or folders[0]]}
-    others = [d for d in (os.path.join(base, f) for f in _subfolders(base)) if os.path.realpath(d) not in used]
+    used = {os.path.realpath(where(d)) for d in [*folders, val or "train"]}
+    others = [] if own else [where(d) for d in _subfolders(base) if os.path.realpath(where(d)) not in used]
     shifts = [d for d in others if _is_image_folder(d) or os.path.isdir(os.path.join(d, "mappings"))]
     if rank_world()[0] == 0:
         for d in others:
             if d not in shifts:
                 print(f"{d}: not an image folder, not evaluated (if it holds image folders, name it with --eval)")
-    root.shifts, root.test = [], "test" if base != args.data else None
+    root.shifts, root.test = _eval_sets(args.data, root, base, "test") if own else [], "test" if own else None
     for d in shifts + args.eval:
-        path, name = (d, None) if as_folder(d) == d else (os.path.join(as_folder(d), "test"), d.partition(":")[0])
-        above = os.path.dirname(os.path.abspath(path))
-        sets = _eval_sets(path, root, above, name)
+        sets = _eval_sets(d, root, base if d in others else os.path.dirname(os.path.abspath(d)))
         if any(s.name == other.name for s in sets for other in [root.val, *root.shifts]):          # two of one name
-            sets = _eval_sets(path, root, above, os.path.normpath(d))
+            sets = _eval_sets(d, root, os.path.dirname(os.path.abspath(d)), os.path.normpath(d))
         root.shifts += sets
     return root
 
@@ -827,9 +831,9 @@ def read_image(path, offset=0, size=-1):
                     image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
                 return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except Exception as e:                                           # Pillow raises whatever its plugins raise
-        why = isinstance(e, OSError) and e.strerror or " ".join(str(e).split(" <")[0].split())[:120]
-        where = f"{path} at byte {offset}" if offset else path
-        raise Abort(f"{where}: not readable as an image ({type(e).__name__}: {why})", code=1)
+        why = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split(" <")[0].split())[:120]
+        raise Abort(f"{path}{f' at byte {offset}' * (offset > 0)}: not readable as an image ({type(e).__name__}: {why})",
+                    code=1)
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -1277,8 +1281,7 @@ def begin(args, root, *files):
     data = hashlib.sha256()                                          # names and texts, not pixels
     for s in (root.train, root.val, *root.shifts):
         data.update(f"{s.name} {len(s)} ".encode("utf-8", "surrogateescape") + s.files.tobytes())
-    own = [t for s in root.shifts for t in s.templates or ()]
-    data.update("\n".join([*root.classnames, *prompt_texts(["{}"], root.templates + own)]).encode())
+    data.update("\n".join([*root.classnames, *prompt_texts(["{}"], root.templates)]).encode())
     for file in files:
         if file and os.path.isfile(file) and not file.endswith(".tar"):
             with open(file, "rb") as f:
@@ -1289,8 +1292,9 @@ def begin(args, root, *files):
     began = os.path.isfile(last) or os.path.isfile(log)              # a run that failed before its first step did not
     if os.path.isfile(path) and began and not args.overwrite:
         old = read_json(path)
-        changed = {k: f"--{k.replace('_', '-')} {old.get(k)}" for k in {**old, **flags}
-                   if k not in FREE and old.get(k) != flags.get(k)}
+        if not isinstance(old, dict) or set(old) != set(flags):
+            raise Abort(f"--out {args.out} holds a run of another script; give another --out, or --overwrite")
+        changed = {k: f"--{k.replace('_', '-')} {old[k]}" for k in flags if k not in FREE and flags[k] != old[k]}
         if "images" in changed:
             changed["images"] = "other images or texts: files, class names, templates, captions or the pool changed"
         if changed:

@@ -244,8 +244,7 @@ def main(argv=None):
     for name in [args.model] if isinstance(args.model, str) else args.model:
         *_, run = read_run(name)
         of = run if run and os.path.realpath(run["data"]) == os.path.realpath(args.data) else vars(args)
-        held_out = not of["val"] and not os.path.isdir(os.path.join(common.as_folder(args.data), "val"))
-        own = ["train", "val"] + ["val_frac", "seed"] * held_out
+        own = ["train", "val"] + ["val_frac", "seed"] * (common.val_folder(args.data, of["val"]) is None)
         groups.setdefault(json.dumps({k: of[k] for k in own}), []).append(name)
     columns, outcomes, notes, tables = {}, {}, [], []
     for key, names in groups.items():

@@ -14,12 +14,12 @@ import argparse
 import concurrent.futures
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 
 from bench import REPO, system                                  # which lets the scripts and toy.py be imported too
+import common
 
 METHODS = {"FT": ("carft.py", "--lam", "0"), "CAR-FT": ("carft.py",),
            "FLYP": ("calft.py", "--oc", "0", "--sd", "0", "--cross-fnorm", "0"), "CaRot": ("calft.py",),
@@ -52,14 +52,14 @@ ABLATIONS = {
 
 
 def folder_of(args, name, command):
-    """--out/<name>, emptied if it is another command's; `command` is a list of strings."""
+    """--out/<name>, which must be new or of the same command, a list of strings."""
     out = os.path.join(args.out, name.replace(" ", "_").replace("/", "_"))
     file = os.path.join(out, "command.json")
+    os.makedirs(out, exist_ok=True)
+    if not os.listdir(out):
+        common.write_json(file, command)
     if not os.path.isfile(file) or json.load(open(file)) != command:
-        shutil.rmtree(out, ignore_errors=True)
-        os.makedirs(out)
-        with open(file, "w") as f:
-            json.dump(command, f)
+        sys.exit(f"{out} holds a run of another command; give another --out, or remove it")
     return out
 
 
@@ -263,6 +263,8 @@ if __name__ == "__main__":
         parser.error("pacs needs --root, --model and --pool")
     if args.seeds < 2:
         parser.error("--seeds must be at least 2, for a standard deviation")
+    for path in ("root", "pool") if args.what == "pacs" else ():
+        setattr(args, path, os.path.abspath(getattr(args, path)))
     args.out = os.path.abspath(args.out or os.path.join(REPO, "out", "evidence", "toy" if args.what == "ablations"
                                                         else args.what))
     globals()[args.what](args)

@@ -27,6 +27,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+import torchvision
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
@@ -64,15 +65,20 @@ def divide(images, rng, held=10**9, seen=10**9):
 
 
 def link(images, folder):
-    """Make folder/<class>/* links to the images, copies where there can be none; their names."""
-    names = [images.file(i).partition("/")[2] for i in range(len(images))]       # of photo/dog/1.jpg
+    """Make folder/<class>/* links to the images, copies where there can be none, files of pixels; their names."""
+    names = [images.file(i).partition("/")[2] for i in range(len(images))]       # of photo/dog/1.jpg, cifar10:test/17
+    if images.pixels:
+        names = [f"{images.classes[k]}/{name}.png" for k, name in zip(images.labels, names)]
     for i, name in enumerate(names):
         target = os.path.join(folder, name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        try:
-            os.symlink(images.path(i), target)
-        except OSError:
-            shutil.copyfile(images.path(i), target)
+        if images.pixels:
+            torchvision.io.write_png(images.read(i), target)
+        else:
+            try:
+                os.symlink(images.path(i), target)
+            except OSError:
+                shutil.copyfile(images.path(i), target)
     return names
 
 
@@ -148,8 +154,11 @@ def main(argv=None):
 
     # what is held out, and what is pretrained on
     domains = {d: common._scan(os.path.join(pacs, d), pacs) for d in ("photo", "art_painting", "cartoon", "sketch")}
-    cifar = os.path.abspath(common.as_folder(args.cifar))
-    train, test = (common._scan(os.path.join(cifar, d), cifar) for d in ("train", "test"))
+    if common._split_name(args.cifar)[0] == "cifar10":
+        train, test = common._torchvision(args.cifar, 0, "train"), common._torchvision(args.cifar, 2, "test")
+    else:
+        cifar = os.path.abspath(args.cifar)
+        train, test = (common._scan(os.path.join(cifar, d), cifar) for d in ("train", "test"))
     for images, other in [(domains[d], domains["photo"]) for d in domains] + [(test, train)]:
         if images.classes != other.classes:
             raise common.Abort(f"{images.base}: {images.name} and {other.name} do not have the same class folders")
