@@ -198,7 +198,7 @@ def pacs(args):
         for s in range(SPLITS) for lr in RATES for m in METHODS})
     held = {m: {lr: statistics.mean(trials[f"trial-{m}-{lr}-{s}"]["sets"]["val"]["top1"] for s in range(SPLITS))
                 for lr in RATES} for m in METHODS}
-    chosen = {m: max(RATES, key=held[m].get) for m in METHODS}   # of equals the smallest
+    chosen = {m: max(RATES, key=lambda lr: round(held[m][lr], 9)) for m in METHODS}    # of equals the smallest
     print(f"{args.root} by {args.model}: {args.epochs} epochs of batches of 64; {system()}\n\nTop-1 on a fifth of the "
           f"training images, held out; mean of {SPLITS} splits. {len(RATES) * SPLITS} trials of each method:\n")
     markdown(RATES, {m: [f"**{100 * t:.1f}**" if lr == chosen[m] else f"{100 * t:.1f}" for lr, t in held[m].items()]
