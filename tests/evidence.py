@@ -183,7 +183,7 @@ def train_alone(args, root):
     return alone
 
 
-RATES, SPLITS = ("3e-5", "1e-4", "3e-4", "1e-3", "3e-3"), 2      # trials of each method: 10
+SPLITS = 2                                                       # trials of each method: 2 for each of --rates
 
 
 def pacs(args):
@@ -192,20 +192,23 @@ def pacs(args):
               "--warmup", str(steps // 10), "--save-every", "100000"]
     own = {m: ["--ema-every", str(steps // 50)] if m == "CaRot" else ["--pool", args.pool] if m == "ARF" else []
            for m in METHODS}                                     # 50 updates of the teacher, as on ImageNet
-    alone = train_alone(args, args.root)
-    trials = run_all(args, {f"trial-{m}-{lr}-{s}": [
-        *METHODS[m], *own[m], *shared, "--data", alone, "--lr", lr, "--seed", str(s)]
-        for s in range(SPLITS) for lr in RATES for m in METHODS})
-    held = {m: {lr: statistics.mean(trials[f"trial-{m}-{lr}-{s}"]["sets"]["val"]["top1"] for s in range(SPLITS))
-                for lr in RATES} for m in METHODS}
-    chosen = {m: max(RATES, key=lambda lr: round(held[m][lr], 9)) for m in METHODS}    # of equals the smallest
-    print(f"{args.root} by {args.model}: {args.epochs} epochs of batches of 64; {system()}\n\nTop-1 on a fifth of the "
-          f"training images, held out; mean of {SPLITS} splits. {len(RATES) * SPLITS} trials of each method:\n")
-    markdown(RATES, {m: [f"**{100 * t:.1f}**" if lr == chosen[m] else f"{100 * t:.1f}" for lr, t in held[m].items()]
-                     for m in METHODS})
+    print(f"{args.root} by {args.model}: {args.epochs} epochs of batches of 64; {system()}\n")
+    chosen = dict.fromkeys(METHODS, args.rates[0])
+    if len(args.rates) > 1:
+        alone = train_alone(args, args.root)
+        trials = run_all(args, {f"trial-{m}-{lr}-{s}": [
+            *METHODS[m], *own[m], *shared, "--data", alone, "--lr", lr, "--seed", str(s)]
+            for s in range(SPLITS) for lr in args.rates for m in METHODS})
+        held = {m: {lr: statistics.mean(trials[f"trial-{m}-{lr}-{s}"]["sets"]["val"]["top1"] for s in range(SPLITS))
+                    for lr in args.rates} for m in METHODS}
+        chosen = {m: max(args.rates, key=lambda lr: round(held[m][lr], 9)) for m in METHODS}    # of equals the first
+        print(f"Top-1 on a fifth of the training images, held out; mean of {SPLITS} splits. {len(args.rates) * SPLITS} "
+              "trials of each method:\n")
+        markdown(args.rates, {m: [f"**{100 * t:.1f}**" if lr == chosen[m] else f"{100 * t:.1f}"
+                                  for lr, t in held[m].items()] for m in METHODS})
 
     # every method at every rate that was chosen for one; compared at each of them, and each at its own
-    rates = [lr for lr in RATES if lr in chosen.values()]
+    rates = [lr for lr in args.rates if lr in chosen.values()]
     final = {f"{m} at {lr}": (m, lr) for lr in rates for m in METHODS}
     pairs = [(f"{a} at {lr}", f"{b} at {lr}") for lr in rates for a, b in BASELINES.items()] + [
         (f"{a} at {chosen[a]}", f"{b} at {chosen[b]}") for a, b in BASELINES.items() if chosen[a] != chosen[b]]
@@ -257,6 +260,8 @@ if __name__ == "__main__":
     parser.add_argument("--root", help="pacs: the ROOT")
     parser.add_argument("--model", help="pacs: the CLIP, local-dir:PATH")
     parser.add_argument("--pool", help="pacs: image-text pairs for ARF, which has no captions there")
+    parser.add_argument("--rates", nargs="+", default=["3e-5", "1e-4", "3e-4", "1e-3", "3e-3"],
+                        help="pacs: learning rates to choose from, upwards; with a single one there are no trials")
     parser.add_argument("--epochs", type=int, default=10, help="pacs: passes over the training images")
     args = parser.parse_args()
     if args.what == "pacs" and not (args.root and args.model and args.pool):

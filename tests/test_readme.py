@@ -239,7 +239,7 @@ def test_evidence_chooses_on_held_out_images_and_averages_over_seeds(tmp_path, m
     monkeypatch.setattr(evidence.subprocess, "run", wise)
     write_images(str(tmp_path / "ROOT" / "train"), ["a", "b"], 70)
     args = type("Args", (), {"out": str(tmp_path), "jobs": 1, "root": str(tmp_path / "ROOT"), "model": "local-dir:x",
-                             "pool": "pool.tsv", "epochs": 10, "seeds": 3})
+                             "pool": "pool.tsv", "epochs": 10, "seeds": 3, "rates": list(held)})
     evidence.pacs(args)
     said = capsys.readouterr().out
     assert "| FT | 60.0 | **80.7** | 80.7 | 54.5 | 10.0 |" in said
