@@ -831,9 +831,9 @@ def read_image(path, offset=0, size=-1):
                     image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
                 return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except Exception as e:                                           # Pillow raises whatever its plugins raise
-        why = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split(" <")[0].split())[:120]
-        raise Abort(f"{path}{f' at byte {offset}' * (offset > 0)}: not readable as an image ({type(e).__name__}: {why})",
-                    code=1)
+        why = isinstance(e, OSError) and e.strerror or " ".join(str(e).split(" <")[0].split())[:120]
+        where = f"{path} at byte {offset}" if offset else path
+        raise Abort(f"{where}: not readable as an image ({type(e).__name__}: {why})", code=1)
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -1233,8 +1233,7 @@ class Log:
         """
         if rank_world()[0] == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
-            modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
-            if not all(p.isfinite().all() for module in modules for p in module.parameters()):
+            if not all(t.isfinite().all() for t in _tensors(state)):
                 raise Abort(f"weights are not finite after step {step - 1}; {self.args.out} keeps the last good "
                             "checkpoint", code=1)
             with replacing(os.path.join(self.args.out, "last.pt")) as f:
@@ -1252,6 +1251,14 @@ class Log:
         Log.in_loop = False
         if Log.asked and not self.stop:
             on_signal(Log.asked, None)
+
+
+def _tensors(state):
+    """All floating point tensors in nested dicts and lists."""
+    if isinstance(state, torch.Tensor):
+        return [state] if state.is_floating_point() else []
+    inner = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else []
+    return [tensor for x in inner for tensor in _tensors(x)]
 
 
 # flags that do not change a run; the last three do by rounding only

@@ -349,8 +349,10 @@ def test_a_loss_that_is_not_finite(tiny_root, clip, tmp_path, capsys, monkeypatc
     assert all(t.isfinite().all() for t in weights(tmp_path).values())
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny_root, clip, tmp_path, capsys, monkeypatch):
-    """The loss of the step is still finite; only its gradient is not."""
+@pytest.mark.parametrize("gradient", [float("inf"), 1e25])
+def test_weights_that_are_not_finite_are_not_saved(tiny_root, clip, tmp_path, capsys, monkeypatch, gradient):
+    """The loss of the step is still finite, only its gradient is not, or what AdamW keeps of its square (the weight
+    then stands still for good)."""
     average, calls = common.average_gradients, []
 
     def broken(parameters):
@@ -358,7 +360,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_root, clip, tmp_path, ca
         average(parameters)
         calls.append(1)
         if len(calls) == 4:
-            parameters[0].grad.fill_(float("inf"))
+            parameters[0].grad.fill_(gradient)
     argv = command("calft", tiny_root, clip(), tmp_path, "--save-every", "2", steps=20)[2:]
     monkeypatch.setattr(common, "average_gradients", broken)
     fails(capsys, calft.main, argv, 1, "not finite after step 3", str(tmp_path))
