@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Tiny roots and tiny CLIPs for the tests; ../shared/data is used where it is there."""
+import functools
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -12,190 +14,157 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-REPO = os.path.dirname(HERE)
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHARED = os.path.join(os.path.dirname(REPO), "shared", "data")
-sys.path[:0] = [REPO, HERE]
+sys.path.insert(0, REPO)
 import common  # noqa: E402
 
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
 VISION = {
     "vit": {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16},
     "resnet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 64},
-    "timm": {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"},
-    "attention-pool": {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "map", "timm_proj": "none"},
-}
+    "timm": {"image_size": 32, "timm_model_name": "test_resnet"},
+    "attention-pool": {"image_size": 160, "timm_model_name": "test_vit", "timm_pool": "map",
+                       "timm_proj": "none"}}
+CLASSES = ["ant", "bee", "cat", "dog", "sea_eel"]
+BASE = "--batch-size 8 --lr 1e-3 --warmup 2 --epochs 100 --workers 0 --log-every 1".split()
 
-
-def write_clip(path, kind="vit", seed=0, **extra):
-    """A random CLIP as a local-dir; its name for --model."""
-    dim = 64 if kind == "attention-pool" else 24
-    vision = dict(VISION[kind])
-    if kind == "attention-pool":
-        vision["image_size"] = 160
-    config = {"embed_dim": dim, "vision_cfg": vision, "text_cfg": TEXT, **extra}
+def write_clip(path, kind="vit", seed=0, custom_text=False):
+    """Write a random CLIP as a local-dir; its name for --model."""
+    model = {"embed_dim": 64 if kind == "attention-pool" else 24, "vision_cfg": VISION[kind],
+             "text_cfg": TEXT, "custom_text": custom_text}
+    os.makedirs(path, exist_ok=True)
+    about = {"model_cfg": model, "preprocess_cfg": {"size": VISION[kind]["image_size"]}}
+    Path(path, "open_clip_config.json").write_text(json.dumps(about))
     torch.manual_seed(seed)
-    custom = {k: v for k, v in config.items() if k != "custom_text"}
-    cls = open_clip.CustomTextCLIP if extra.get("custom_text") else open_clip.CLIP
-    model = cls(**json.loads(json.dumps(custom)))
-    for p in model.parameters():                                # zero-initialised layers would hide faults
+    model = open_clip.create_model(f"local-dir:{path}", load_weights=False)
+    for p in model.parameters():                            # layers of zeros would hide faults
         if p.ndim > 0 and not p.detach().any():
             torch.nn.init.normal_(p, std=0.1)
-    os.makedirs(path, exist_ok=True)
-    save_file(model.state_dict(), os.path.join(path, "open_clip_model.safetensors"))
-    with open(os.path.join(path, "open_clip_config.json"), "w") as f:
-        json.dump({"model_cfg": config, "preprocess_cfg": {"size": vision["image_size"]}}, f)
+    save_file(model.state_dict(), f"{path}/open_clip_model.safetensors")
     return f"local-dir:{path}"
 
-
 def write_images(folder, classes, count=3, seed=0, size=(40, 36)):
-    """folder/<class>/<i>.png, each class with a colour of its own."""
+    """Write folder/<class>/<i>.png, each class in a colour of its own."""
     rng = np.random.default_rng(seed)
     for k, c in enumerate(classes):
         os.makedirs(os.path.join(folder, c), exist_ok=True)
         for i in range(count):
-            base = np.array([37 * k % 256, 91 * k % 256, 150 * k % 256])
-            pixels = np.clip(base + rng.normal(0, 40, (*size, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(os.path.join(folder, c, f"{i}.png"))
-
-
-BASE = ["--batch-size", "8", "--lr", "1e-3", "--warmup", "2", "--epochs", "100", "--workers", "0", "--log-every", "1"]
-
+            pixels = np.array([37 * k, 91 * k, 150 * k]) % 256 + rng.normal(0, 40, (*size, 3))
+            Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(f"{folder}/{c}/{i}.png")
 
 def run(script, root, model, out, *flags, steps=4):
-    """A few steps of a script on a tiny root; its results.json."""
-    script.main(["--data", str(root), "--model", model, "--out", str(out), "--max-steps", str(steps), *BASE, *flags])
-    return json.load(open(f"{out}/results.json"))
-
+    """Run a few steps of a script on a tiny root; its results.json."""
+    script.main(["--data", str(root), "--model", model, "--out", str(out),
+                 "--max-steps", str(steps), *BASE, *flags])
+    return common.read_json(f"{out}/results.json")
 
 def weights(out, which="model"):
     return load_file(f"{out}/{which}/open_clip_model.safetensors")
 
+def log(out, epochs=False):
+    """The step lines of log.jsonl without their timings; with `epochs` those of val instead."""
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return [{k: x[k] for k in x if k != "images_per_s"} for x in lines if ("val_top1" in x) == epochs]
 
-def log(out):
-    """log.jsonl without its timings."""
-    lines = [json.loads(line) for line in open(f"{out}/log.jsonl")]
-    for line in lines:
-        del line["images_per_s"]
-    return lines
+def environment():
+    threads = str(torch.get_num_threads())                  # as here: they decide on rounding
+    return {**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
 
+def torchrun(n):
+    """The command that starts n processes of a script."""
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n),
+            "--master_port", str(20000 + os.getpid() % 20000)]
 
 SPY = """
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, {repo!r})
 import common, {script}
 average = common.average_gradients
 def spy(parameters):
     parameters = list(parameters)
     average(parameters)
-    if common.rank_world()[0] == 0 and not hasattr(spy, "done"):
-        spy.done = torch.save([p.grad for p in parameters], {file!r}) or True
+    if common.RANK == 0 and not os.path.exists({file!r}):
+        torch.save([p.grad for p in parameters if p.grad is not None], {file!r})
 common.average_gradients = spy
 {script}.main(sys.argv[1:])
 """
 
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def assert_processes_are_one(script, root, model, tmp_path, *flags, most=3):
-    """torchrun with two processes, and with four and --accum 2: the first step's gradients of one process at the same
-    global batch, its losses, its table."""
-    results, grads = [], []
+def assert_processes_are_one(script, root, model, tmp_path, *flags, most=2):
+    """Two processes of torchrun, and with most=3 also four with --accum 2, have the first step's
+    gradients, the losses and the table of one process at the same global batch."""
+    first, grads = f"{tmp_path}/out1", {}
     for n in (1, 2, 4)[:most]:
-        code, file, out = tmp_path / f"spy{n}.py", str(tmp_path / f"grads{n}.pt"), str(tmp_path / f"out{n}")
+        code, file, out = tmp_path / f"spy{n}.py", f"{tmp_path}/grads{n}", f"{tmp_path}/out{n}"
         code.write_text(SPY.format(repo=REPO, file=file, script=script))
-        launch = [sys.executable] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n),
-                                                  "--master_port", str(20000 + os.getpid() % 20000)]
-        done = subprocess.run([*launch, str(code), "--data", root, "--model", model, "--max-steps", "5", *BASE, "--out", out,
-                               *flags, *["--accum", "2"] * (n == 4)], env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        grads.append(torch.load(file, weights_only=True))
-        results.append(json.load(open(f"{out}/results.json")))
-    for n, others, result in zip((2, 4), grads[1:], results[1:]):
-        whole = torch.stack([one.norm() for one in grads[0] if one is not None]).norm()
-        for one, other in zip(grads[0], others, strict=True):
-            assert (one is None) == (other is None)
-            assert one is None or (one - other).norm() <= 1e-5 * (one.norm() + 1e-3 * whole)
-        for a, b in zip(log(tmp_path / "out1"), log(tmp_path / f"out{n}"), strict=True):
+        command = [*(torchrun(n) if n > 1 else [sys.executable]), str(code), "--data", root,
+                   "--model", model, "--out", out, "--max-steps", "5", *BASE, *flags]
+        subprocess.run([*command, *["--accum", "2"] * (n == 4)], env=environment(), check=True)
+        grads[n] = torch.load(file, weights_only=True)
+        whole = torch.stack([g.norm() for g in grads[1]]).norm()
+        for one, other in zip(grads[1], grads[n], strict=True):
+            assert (one - other).norm() <= 1e-5 * (one.norm() + 1e-3 * whole)
+        for a, b in zip(log(first) + log(first, True), log(out) + log(out, True), strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
-        for name, s in results[0]["sets"].items():
-            assert s["n"] == result["sets"][name]["n"]
-            assert abs(s["top1"] - result["sets"][name]["top1"]) <= 0.005
-            assert s["nll"] == pytest.approx(result["sets"][name]["nll"], rel=1e-3)
-
+        ours = common.read_json(f"{out}/results.json")["sets"]
+        for name, s in common.read_json(f"{first}/results.json")["sets"].items():
+            assert s["n"] == ours[name]["n"] and abs(s["top1"] - ours[name]["top1"]) <= 0.005
+            assert s["nll"] == pytest.approx(ours[name]["nll"], rel=1e-3)
 
 class Cut(Exception):
     """Stands for a kill."""
 
+def assert_same_run(a, b, *exports):
+    """Two runs have the same losses, scores of each epoch, results and exported weights."""
+    assert log(a) == log(b) and log(a, epochs=True) == log(b, epochs=True)
+    assert common.read_json(f"{a}/results.json") == common.read_json(f"{b}/results.json")
+    for which in ("model", *exports):
+        x, y = weights(a, which), weights(b, which)
+        assert all(torch.equal(x[k], y[k]) for k in x)
 
-def assert_continues_to_the_same_bytes(script, root, model, tmp_path, monkeypatch, *flags, exports=("model",)):
-    """A run cut in step 4, past the checkpoint of step 3, and started again, is the uninterrupted run."""
-    whole = run(script, root, model, tmp_path / "whole", *flags, steps=7)
-    lr = common.cosine_lr
-
-    def cut(step, *a):
+def assert_continues_to_the_same_bytes(script, root, model, tmp_path, patch, *flags, exports=()):
+    """A run cut in step 5, past the checkpoint of step 3, and started again is the one not cut."""
+    run(script, root, model, tmp_path / "whole", *flags, steps=7)
+    lr, saves = script.cosine_lr, [*flags, "--save-every", "3"]
+    def cut(step, *schedule):
         if step == 5:
             raise Cut
-        return lr(step, *a)
-    monkeypatch.setattr(common, "cosine_lr", cut)
-    with pytest.raises(Cut):
-        run(script, root, model, tmp_path / "cut", *flags, "--save-every", "3", steps=7)
-    monkeypatch.setattr(common, "cosine_lr", lr)
-    assert not os.path.exists(tmp_path / "cut" / "model")
-    resumed = run(script, root, model, tmp_path / "cut", *flags, "--save-every", "3", "--workers", "1", steps=7)
-    assert whole == resumed and log(tmp_path / "whole") == log(tmp_path / "cut")
-    for which in exports:
-        a, b = weights(tmp_path / "whole", which), weights(tmp_path / "cut", which)
-        assert all(torch.equal(a[k], b[k]) for k in a)
-
+        return lr(step, *schedule)
+    with patch.context() as p, pytest.raises(Cut):
+        p.setattr(script, "cosine_lr", cut)
+        run(script, root, model, tmp_path / "cut", *saves, steps=7)
+    run(script, root, model, tmp_path / "cut", *saves, "--workers", "1", steps=7)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut", *exports)
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
-    """clip(kind, **model_cfg) -> name of a tiny random CLIP."""
-    made = {}
-
-    def make(kind="vit", **extra):
-        key = json.dumps([kind, extra])
-        if key not in made:
-            made[key] = write_clip(str(tmp_path_factory.mktemp("clip")), kind, **extra)
-        return made[key]
-    return make
-
+    """clip(kind, custom_text=...) -> name of a tiny random CLIP."""
+    return functools.cache(lambda *a, **kw: write_clip(tmp_path_factory.mktemp("clip"), *a, **kw))
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory):
-    """A ROOT of five classes: train, val, a shift, a shift of a subset, and a set with classes not trained on."""
+    """A ROOT of five classes: train, val, a shift, one of some classes, and a set of others."""
     root = str(tmp_path_factory.mktemp("tiny") / "root")
-    classes = ["ant", "bee", "cat", "dog", "sea_eel"]
-    write_images(f"{root}/train", classes, 8, 1)
-    write_images(f"{root}/val", classes, 3, 2)
-    write_images(f"{root}/sketch", classes, 3, 3)
+    write_images(f"{root}/train", CLASSES, 8, 1)
+    write_images(f"{root}/val", CLASSES, 3, 2)
+    write_images(f"{root}/sketch", CLASSES, 3, 3)
     write_images(f"{root}/few", ["bee", "dog", "sea_eel"], 3, 4)
     write_images(f"{root}/other", ["bee", "fox", "hen"], 3, 5)
-    with open(f"{root}/templates.txt", "w") as f:
-        f.write("a photo of a {}.\na sketch of the {}.\nart of a {}.\n")
+    Path(root, "templates.txt").write_text("a photo of a {}.\na sketch of the {}.\nart of a {}.\n")
     return root
 
-
 @pytest.fixture
-def captions(tiny_root, tmp_path):
-    """Two captions of the first image of each class, one of the others."""
-    lines = ["path\tcaption"]
-    for c in ["ant", "bee", "cat", "dog", "sea_eel"]:
-        for i in range(8):
-            lines += [f"train/{c}/{i}.png\tone {c} number {i} in the garden"]
-        lines += [f"train/{c}/0.png\tanother view of the {c}"]
-    path = tmp_path / "captions.tsv"
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
-
+def captions(tmp_path):
+    """Captions of the training images: two of the first of each class, one of the others."""
+    rows = [f"{c}/{i}.png\tone {c} number {i} in the garden" for c in CLASSES for i in range(8)]
+    rows += [f"{c}/0.png\tanother view of the {c}" for c in CLASSES]
+    (tmp_path / "captions.tsv").write_text("\ntrain/".join(["path\tcaption", *rows]) + "\n")
+    return str(tmp_path / "captions.tsv")
 
 @pytest.fixture
 def pool(tmp_path):
     """23 pairs in a TSV."""
-    write_images(str(tmp_path / "pool"), ["p"], 23, seed=9)
+    write_images(tmp_path / "pool", ["p"], 23, seed=9)
     path = tmp_path / "pool" / "pool.tsv"
     path.write_text("path\ttext\n" + "".join(f"p/{i}.png\tpool picture {i}\n" for i in range(23)))
     return str(path)

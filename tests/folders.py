@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: MIT
+"""Turn a data set into class folders, the layout that the training scripts read. Run it once.
+
+    python tests/folders.py cifar100 SETS/cifar100
+    python tests/folders.py objectnet OBJECTNET-1.0 ROOT/objectnet
+
+A set of torchvision's becomes OUT/train/<class>/*, OUT/test/<class>/* and, for aircraft,
+flowers102 and dtd, OUT/val/<class>/*: its official splits (pets' trainval is train/). caltech101,
+sun397 and eurosat have no split in torchvision, so all their images go to train/. classnames.txt
+(folder<TAB>name) and templates.txt are those of CLIP's authors (data/prompts.md of openai/CLIP).
+Images are hard links where possible, else copies; CIFAR is written as PNG.
+The 113 classes of ObjectNet that ImageNet has too become OUT/<class>/*.png without their border;
+OUT/classes.txt (folder<TAB>wnid[;wnid...]) says which classes of ImageNet they are.
+The same command finishes a folder that is half written and leaves a finished one as it is.
+"""
+import json
+import re
+import shutil
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo
+from torchvision import datasets
+from tqdm.contrib.concurrent import thread_map
+
+
+def both(*templates):
+    """The templates with "a" for THE, then with "the"."""
+    return [t.replace("THE", article) for article in ("a", "the") for t in templates]
+
+
+CIFAR = both(*[f"a {kind}photo of THE {{}}." for kind in (
+    "", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")],
+    "a photo of THE small {}.", "a photo of THE big {}.")
+CALTECH = both(*[f"{art} of THE {{}}." for art in (
+    "a photo", "a painting", "a sculpture", "a sketch", "a tattoo", "a rendition", "a drawing",
+    "a doodle", "art", "graffiti")], "THE {} in a video game.", *[f"THE {kind} {{}}." for kind in (
+        "plastic", "toy", "embroidered", "cartoon", "plushie", "origami")])
+CARS = ["a photo of a {}.", "a photo of the {}.", "a photo of my {}.", "i love my {}!",
+        *[f"a photo of my {kind} {{}}." for kind in ("dirty", "clean", "new", "old")]]
+DTD = both(*[f"a photo of THE {{}} {noun}." for noun in ("texture", "pattern", "thing", "object")])
+EUROSAT = [f"a centered satellite photo of {article}{{}}." for article in ("", "a ", "the ")]
+FLAG = {"train": {"train": True}, "test": {"train": False}}     # what torchvision is asked for
+TWO = {part: {"split": part} for part in ("train", "test")}
+THREE = {part: {"split": part} for part in ("train", "val", "test")}
+PETS = {"train": {"split": "trainval"}, "test": {"split": "test"}}
+SETS = {
+    "cifar10": (datasets.CIFAR10, FLAG, CIFAR),
+    "cifar100": (datasets.CIFAR100, FLAG, CIFAR),
+    "food101": (datasets.Food101, TWO, ["a photo of {}, a type of food."]),
+    "cars": (datasets.StanfordCars, TWO, CARS),
+    "pets": (datasets.OxfordIIITPet, PETS, ["a photo of a {}, a type of pet."]),
+    "aircraft": (datasets.FGVCAircraft, THREE, both("a photo of THE {}, a type of aircraft.")),
+    "flowers102": (datasets.Flowers102, THREE, ["a photo of a {}, a type of flower."]),
+    "dtd": (datasets.DTD, THREE, DTD),
+    "caltech101": (datasets.Caltech101, {"train": {}}, CALTECH),
+    "sun397": (datasets.SUN397, {"train": {}}, both("a photo of THE {}.")),
+    "eurosat": (datasets.EuroSAT, {"train": {}}, EUROSAT)}
+COUNTS = {"caltech101": 8677, "sun397": 108754, "eurosat": 27000}   # they come without file lists
+NAMES = {       # where CLIP's name is not the class with "_" as a space
+    "Faces": "off-center face", "Faces_easy": "centered face", "Leopards": "leopard",
+    "Motorbikes": "motorbike", "airplanes": "airplane", "car_side": "side of a car",
+    "cougar_body": "body of a cougar cat", "cougar_face": "face of a cougar cat", "River": "river",
+    "crocodile_head": "head of a crocodile", "flamingo_head": "head of a flamingo",
+    "snoopy": "snoopy (cartoon beagle)", "yin_yang": "yin and yang symbol", "Forest": "forest",
+    "AnnualCrop": "annual crop land", "HerbaceousVegetation": "brushland or shrubland",
+    "Highway": "highway or road", "Industrial": "industrial buildings or commercial buildings",
+    "Pasture": "pasture land", "PermanentCrop": "permanent crop land", "SeaLake": "lake or sea",
+    "Residential": "residential buildings or homes or apartments", "globe-flower": "globe flower",
+    "pink-yellow dahlia?": "pink and yellow dahlia", "ball moss": "air plant"}
+
+
+def write(source, target, border=0):
+    """Write lines, pixels or an image file to `target`, which is whole as soon as it exists."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    if isinstance(source, list):
+        part.write_text("".join(f"{line}\n" for line in source), encoding="utf-8")
+    elif border or hasattr(source, "shape"):
+        image = Image.open(source) if border else Image.fromarray(source)
+        ImageOps.crop(image, border).save(part, "PNG", compress_level=1)    # the default is slow
+    else:
+        try:
+            target.hardlink_to(Path(source).resolve())
+            return
+        except (OSError, NotImplementedError):  # another file system, or one without hard links
+            shutil.copyfile(source, part)
+    part.replace(target)
+
+
+def torchvision_set(name, folder, out):
+    """Write a set of torchvision's, downloaded to `folder` if it is not there, as class folders."""
+    if (out / "classnames.txt").exists():       # it is written last
+        print(f"{out} is finished already: it has a classnames.txt")
+        return
+    if name in ("cars", "flowers102") and find_spec("scipy") is None:
+        sys.exit(f"error: torchvision reads {name} by scipy: pip install scipy")
+    cls, parts, templates = SETS[name]
+    names = {}
+    for part, options in parts.items():
+        try:
+            d = cls(folder, **options)
+        except RuntimeError:                    # torchvision did not find it
+            d = cls(folder, download=True, **options)
+        classes = getattr(d, "classes", None) or d.categories
+        pairs = getattr(d, "samples", None) or getattr(d, "_samples", None)     # eurosat, cars
+        if name == "caltech101":
+            pairs = [(f"{d.root}/101_ObjectCategories/{classes[k]}/image_{i:04d}.jpg", k)
+                     for i, k in zip(d.index, d.y)]
+        elif parts is FLAG:
+            pairs = zip(d.data, d.targets)
+        elif pairs is None:
+            pairs = zip(d._images if name == "pets" else d._image_files, d._labels)
+        images = []
+        for i, (source, k) in enumerate(pairs):
+            safe = re.sub(r"[^\w.-]", "_", classes[k])          # F/A-18 is a class of aircraft
+            called = classes[k].replace("/", " ") if name == "sun397" else classes[k]
+            names[safe] = NAMES.get(called, called.replace("_", " "))
+            file = f"{i:05d}.png" if parts is FLAG else Path(source).name
+            images.append((source, out / part / safe / file))
+        if len(images) < COUNTS.get(name, 0):
+            raise ValueError(f"only {len(images)} of its {COUNTS[name]} images are there")
+        thread_map(write, *zip(*images), desc=f"{name} {part}", unit="image")
+    write(templates, out / "templates.txt")
+    write([f"{c}\t{names[c]}" for c in sorted(names)], out / "classnames.txt")
+
+
+def objectnet(folder, out):
+    """Write the classes of ObjectNet that ImageNet has too as class folders."""
+    maps, wnids = folder / "mappings", ImageNetInfo().label_names()
+    labels, imagenet, index = [json.loads((maps / f"{file}.json").read_text("utf-8")) for file in (
+        "folder_to_objectnet_label", "objectnet_to_imagenet_1k", "pytorch_to_imagenet_2012_id")]
+    lines = (maps / "imagenet_to_label_2012_v2").read_text("utf-8").split("\n")
+    wnid = {lines[i].strip(): wnids[int(k)] for k, i in index.items()}
+    kept = {c: ";".join(wnid[name] for name in imagenet[label].split("; "))
+            for c, label in sorted(labels.items()) if label in imagenet}
+    images = [(file, out / c / file.name, 2) for c in kept
+              for file in sorted((folder / "images" / c).iterdir()) if file.match("[!.]*.png")]
+    thread_map(write, *zip(*images), desc="objectnet", unit="image")
+    write([f"{c}\t{labels[c]}" for c in kept], out / "classnames.txt")
+    write([f"{c}\t{kept[c]}" for c in kept], out / "classes.txt")
+
+
+def main(argv=None):
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("set", choices=[*SETS, "objectnet"])
+    parser.add_argument("paths", nargs="+", type=Path, help="OUT; for objectnet OBJECTNET-1.0 OUT")
+    parser.add_argument("--download", metavar="DIR", help="torchvision's own files (OUT/.download)")
+    args = parser.parse_args(argv)
+    *source, out = args.paths
+    if len(source) != (args.set == "objectnet"):
+        sys.exit("error: give OUT alone, or for objectnet OBJECTNET-1.0 and OUT")
+    folder = source[0] if source else Path(args.download or out / ".download")
+    try:
+        if args.set == "objectnet":
+            objectnet(folder, out)
+        else:
+            torchvision_set(args.set, folder, out)
+    except (Exception, KeyboardInterrupt) as e:
+        sys.exit(f"error: {args.set}: {type(e).__name__}: {' '.join(str(e).split())}; put "
+                 f"the archive below {folder} by hand, where its reader looks, or unpack it anew")
+
+
+if __name__ == "__main__":
+    main()
