@@ -195,8 +195,9 @@ def main(argv=None):
             if args.predictions and common.RANK == 0:
                 file = f"{args.predictions}/{filename(title)}/{filename(s.name)}.npz"
                 with common.replacing(file) as f:
-                    np.savez(f, path=np.char.decode(s.paths[rows], "utf-8", "replace"), label=labels,
-                             prediction=prediction, confidence=confidence, classes=s.classes)
+                    paths = np.char.decode(s.paths[rows], "utf-8", "replace")
+                    np.savez(f, path=paths, label=labels, prediction=prediction,
+                             confidence=confidence, classes=s.classes)
         columns[title] = {**common.summary(sets, plain), "alpha": alpha}
         if args.temperature:
             columns[f"{title} T={T:.3f}"] = {**common.summary(sets, scaled), "temperature": T}

@@ -65,7 +65,8 @@ def weights(out, which="model"):
 def log(out, epochs=False):
     """The step lines of log.jsonl without their timings; with `epochs` those of val instead."""
     lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    return [{k: x[k] for k in x if k != "images_per_s"} for x in lines if ("val_top1" in x) == epochs]
+    lines = [x for x in lines if ("val_top1" in x) == epochs]
+    return [{k: x[k] for k in x if k != "images_per_s"} for x in lines]
 
 def environment():
     threads = str(torch.get_num_threads())                  # as here: they decide on rounding

@@ -57,7 +57,8 @@ def test_nearest_pairs_by_hand(tiny_root, clip, pool, tmp_path, capsys):
         x = torch.stack([preprocess(common.read_image(str(path))) for path in paths])
         return model.encode_image(common.to_input(model, x), normalize=True).half().float()
     whole = [i for i in range(23) if i not in (4, 7)]
-    scores = features(map(os.fsdecode, train.paths)) @ features(folder / f"{i}.png" for i in whole).T
+    u, v = features(map(os.fsdecode, train.paths)), features(folder / f"{i}.png" for i in whole)
+    scores = u @ v.T
     assert found == sorted({whole[k] for k in scores.argmax(1)}) and len(found) > 1
     shutil.rmtree(folder)
     assert anchor.retrieve_pairs(images, train, model, preprocess, args) == found

@@ -195,6 +195,7 @@ def test_imagenet_layout_with_real_photographs(tmp_path):
     assert train.classes == wnids and train.classnames == list(open_clip.IMAGENET_CLASSNAMES)
     assert len(v2) == 1000
     for i, k in enumerate(v2.labels):
-        assert [wnids[c] for c in v2.columns[k]] == [os.path.realpath(os.fsdecode(v2.paths[i])).split("/")[-2]]
+        file = os.path.realpath(os.fsdecode(v2.paths[i]))
+        assert [wnids[c] for c in v2.columns[k]] == [file.split("/")[-2]]
     model, *_, tokenizer = common.load_model("ViT-B-32", "")
     assert [W.shape for W in calft.projections(model)] == [(768, 512), (512, 512)]
