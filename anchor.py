@@ -192,11 +192,15 @@ def main(argv=None):
         sys.exit("error: ARF needs --captions, --caption-model or --pool; --cap 0 --ret 0 is FLYP")
     if args.caption_model and (common.WORLD > 1 or ":" not in args.caption_model):
         sys.exit("error: --caption-model needs a tag, as coca_ViT-L-14:TAG, and a single process")
-    captions, pool_texts = [], []
-    if use_cap and not args.caption_model:
-        captions = read_captions(args.captions, train, args.data)
+    captions, pools, pool_texts = [], [], []
+    if use_cap:
+        file = args.captions or os.path.join(args.out, "captions.tsv")
+        if args.caption_model:
+            write_captions(file, args.caption_model, train, args)
+        captions = read_captions(file, train, args.data)
     if use_ret:
         pool, pool_texts = open_pool(args.pool)
+        pools = [pool]
     torch.manual_seed(args.seed)                            # for random initialisation
     model, crop, preprocess, tokenizer = common.load_model(args.model, args.pretrained)
     tokens = common.prompts(tokenizer, train.classnames, train.templates)           # (K, M, L)
@@ -205,15 +209,11 @@ def main(argv=None):
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     common.prepare_towers(model, args)                      # --compile, --grad-checkpointing
 
-    run = common.Run(args, [train, *sets], captions, pool_texts)
+    run = common.Run(args, [train, *sets, *pools], captions, pool_texts)
     if "sets" in run.results:                               # --out holds this run, finished
         return run.report()
     if not run.results:                                     # early, so that a bad image shows now
         run.add_results({"zero_shot": common.evaluate(model, tokenizer, preprocess, sets, args)})
-    if use_cap and args.caption_model:
-        file = args.captions or os.path.join(args.out, "captions.tsv")
-        write_captions(file, args.caption_model, train, args)
-        captions = read_captions(file, train, args.data)
     if use_cap:
         caption_tokens = common.tokenize(tokenizer, list(itertools.chain(*captions)))
         count = torch.tensor([len(c) for c in captions])    # captions of each image, and the

@@ -26,11 +26,9 @@ from timm.data import ImageNetInfo
 from torchvision import datasets
 from tqdm.contrib.concurrent import thread_map
 
-
 def both(*templates):
     """The templates with "a" for THE, then with "the"."""
     return [t.replace("THE", article) for article in ("a", "the") for t in templates]
-
 
 CIFAR = both(*[f"a {kind}photo of THE {{}}." for kind in (
     "", "blurry ", "black and white ", "low contrast ", "high contrast ", "bad ", "good ")],
@@ -72,7 +70,6 @@ NAMES = {       # where CLIP's name is not the class with "_" as a space
     "Residential": "residential buildings or homes or apartments", "globe-flower": "globe flower",
     "pink-yellow dahlia?": "pink and yellow dahlia", "ball moss": "air plant"}
 
-
 def write(source, target, border=0):
     """Write lines, pixels or an image file to `target`, which is whole as soon as it exists."""
     if target.exists():
@@ -91,7 +88,6 @@ def write(source, target, border=0):
         except (OSError, NotImplementedError):  # another file system, or one without hard links
             shutil.copyfile(source, part)
     part.replace(target)
-
 
 def torchvision_set(name, folder, out):
     """Write a set of torchvision's, downloaded to `folder` if it is not there, as class folders."""
@@ -129,7 +125,6 @@ def torchvision_set(name, folder, out):
     write(templates, out / "templates.txt")
     write([f"{c}\t{names[c]}" for c in sorted(names)], out / "classnames.txt")
 
-
 def objectnet(folder, out):
     """Write the classes of ObjectNet that ImageNet has too as class folders."""
     maps, wnids = folder / "mappings", ImageNetInfo().label_names()
@@ -144,7 +139,6 @@ def objectnet(folder, out):
     thread_map(write, *zip(*images), desc="objectnet", unit="image")
     write([f"{c}\t{labels[c]}" for c in kept], out / "classnames.txt")
     write([f"{c}\t{kept[c]}" for c in kept], out / "classes.txt")
-
 
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
@@ -164,7 +158,6 @@ def main(argv=None):
     except (Exception, KeyboardInterrupt) as e:
         sys.exit(f"error: {args.set}: {type(e).__name__}: {' '.join(str(e).split())}; put "
                  f"the archive below {folder} by hand, where its reader looks, or unpack it anew")
-
 
 if __name__ == "__main__":
     main()

@@ -53,7 +53,6 @@ PREPROCESS = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DAT
 CONFIG = {"model_cfg": {"embed_dim": 128, "vision_cfg": VISION, "text_cfg": TEXT},
           "preprocess_cfg": PREPROCESS}
 
-
 # ---- images --------------------------------------------------------------------------------------
 
 def read(path):
@@ -63,7 +62,6 @@ def read(path):
     names = [c.replace("_", " ") for c in classes]
     name = os.path.basename(path)
     return common.ImageSet(name, classes, names, [], None, *common.flatten([found], classes))
-
 
 def divide(images, rng, held=10**9, seen=10**9):
     """Two parts of a set, at random: a fifth of each class, but at most `held`, and at most `seen`
@@ -78,7 +76,6 @@ def divide(images, rng, held=10**9, seen=10**9):
         parts[1].append(rows[n:n + seen])
     return [images.take(np.sort(np.concatenate(part)), images.name) for part in parts]
 
-
 def link(images, folder):
     """Make folder/<class>/* links to the images, copies where there can be none; their names."""
     sources = [os.fsdecode(path) for path in images.paths]
@@ -92,7 +89,6 @@ def link(images, folder):
             shutil.copyfile(source, target)
     return names
 
-
 def in_memory(images):
     """All images, cut to squares with sides of 72: uint8 (n, 3, 72, 72)."""
     out = torch.empty(len(images), 3, STORED, STORED, dtype=torch.uint8)
@@ -101,7 +97,6 @@ def in_memory(images):
         x = VF.resize(x, [STORED], InterpolationMode.BICUBIC, antialias=True)
         out[i] = VF.center_crop(x, [STORED, STORED])
     return out
-
 
 def augment(x, g):
     """Random crops (n, 3, 64, 64) of x (n, 3, 72, 72): half of them flipped, three in ten grey."""
@@ -114,7 +109,6 @@ def augment(x, g):
     x = x.permute(0, 3, 1, 2)
     return torch.where(grey[:, :, None, None], VF.rgb_to_grayscale(x, 3), x)
 
-
 # ---- pretraining ---------------------------------------------------------------------------------
 
 def spread_loss(S, group):
@@ -122,7 +116,6 @@ def spread_loss(S, group):
     (N,) alike."""
     target = F.normalize((group[:, None] == group).float(), p=1, dim=1)
     return (F.cross_entropy(S, target) + F.cross_entropy(S.T, target)) / 2
-
 
 def pretrain(model, pixels, group, captions, args):
     """Train the model, in place, on pixels (n, 3, 72, 72). group (n,): domain and class;
@@ -153,7 +146,6 @@ def pretrain(model, pixels, group, captions, args):
             model.logit_scale.clamp_(max=math.log(100))
         if step % 10 == 0 or step + 1 == args.steps:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-
 
 def main(argv=None):
     layout = argparse.RawDescriptionHelpFormatter
@@ -224,7 +216,6 @@ def main(argv=None):
     print(common.table({"zero-shot": common.evaluate(model, tokenizer, preprocess, sets, flags)}))
     seconds = time.perf_counter() - began
     print(f"{out}: {args.steps} steps on {len(pixels)} images, {seconds:.0f} seconds in all")
-
 
 if __name__ == "__main__":
     main()

@@ -35,20 +35,16 @@ CASES = [                                       # a set, its reader, its splits,
     ("sun397", datasets.SUN397, {"train": {}}, 2, ["abbey", "hot tub outdoor"]),
     ("eurosat", datasets.EuroSAT, {"train": {}}, 3, ["annual crop land", "forest"])]
 
-
 def made(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
 
 def listed(path):
     """What torchvision lists of a file."""
     return path.name, hashlib.md5(path.read_bytes()).hexdigest()
 
-
 def write_lines(path, lines):
     made(path).write_text("".join(f"{line}\n" for line in lines))
-
 
 def write_jpegs(base, files):
     """Noise, other pixels in each file."""
@@ -56,7 +52,6 @@ def write_jpegs(base, files):
         seed = int(hashlib.md5(f"{base / file}".encode()).hexdigest()[:8], 16)
         pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(made(base / file))
-
 
 def write_cifar(root, patch, cls, prefix, count):
     """Two images of each class in each of torchvision's files, pickled as they are distributed."""
@@ -71,7 +66,6 @@ def write_cifar(root, patch, cls, prefix, count):
     meta = base / cls.meta["filename"]
     meta.write_bytes(pickle.dumps({key: [f"some_{k}" for k in range(count)]}))
     patch.setattr(cls, "meta", {"filename": meta.name, "key": key, "md5": listed(meta)[1]})
-
 
 @pytest.fixture
 def sets(tmp_path, monkeypatch):
@@ -108,10 +102,8 @@ def sets(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     return root
 
-
 def run(*argv):
     folders.main([str(arg) for arg in argv])
-
 
 def error(*argv):
     """The error line of a command that fails."""
@@ -120,19 +112,15 @@ def error(*argv):
     assert e.value.code.startswith("error: ") and "\n" not in e.value.code
     return e.value.code
 
-
 def fails(*_):
     raise OSError("not\nhere")
-
 
 def read_table(path):
     return dict(line.split("\t") for line in path.read_text().splitlines())
 
-
 def state(out):
     """Every image of `out`: another inode or time tells that it was written again."""
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in out.glob("*/*/*")}
-
 
 @pytest.mark.parametrize("name, cls, parts, prompts, called", CASES)
 def test_torchvisions_sets(sets, tmp_path, name, cls, parts, prompts, called):
@@ -156,7 +144,6 @@ def test_torchvisions_sets(sets, tmp_path, name, cls, parts, prompts, called):
     run(name, out, "--download", sets)
     assert state(out) == before
 
-
 @pytest.mark.parametrize("name", ["cifar10", "dtd"])
 def test_half_written_is_finished(sets, tmp_path, monkeypatch, name):
     """What is there stays; where no hard link is possible the rest is copied."""
@@ -173,7 +160,6 @@ def test_half_written_is_finished(sets, tmp_path, monkeypatch, name):
     assert {file: file.read_bytes() for file in out.rglob("*.*")} == whole
     assert before and before.items() <= state(out).items()
     assert all(file.stat().st_nlink == 1 for file in out.glob("test/*/*"))
-
 
 def test_what_is_missing_is_said(sets, tmp_path, monkeypatch):
     """A call without the network, with it, and with parts that lack."""
@@ -193,7 +179,6 @@ def test_what_is_missing_is_said(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "find_spec", lambda name: None)
     assert "pip install scipy" in error("flowers102", tmp_path / "flowers", "--download", sets)
     assert "OBJECTNET-1.0" in error("objectnet", out) and "OUT alone" in error("dtd", out, out)
-
 
 def test_objectnet(tmp_path):
     """Folders and labels differ, lines have an order of their own, two classes are one."""
