@@ -27,6 +27,7 @@ import os
 import re
 import sys
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ def retrieve_pairs(pool, train, model, preprocess, args):
             [model], [preprocess], [train, pool], args, "features for retrieval", skip=True,
             precision=args.precision)                                               # (n, d), (m, d)
         features = {"train": of_train.half(), "pool": of_pool.half()}
-        common.write_tensors(path, features)
+        common.write(path, features)
     readable = (~features["pool"][:, 0].isnan()).nonzero().squeeze(1)               # (m',)
     query = features["train"][~features["train"][:, 0].isnan()].to(common.DEVICE)   # (n', d)
     near = readable[retrieve(query, features["pool"][readable], args.k).unique().cpu()]
@@ -180,10 +181,7 @@ def main(argv=None):
     add("--k", type=common.positive_int, default=1, help="pairs for each image (%(default)s)")
     add("--cap", type=common.weight, default=1.0, help="weight of the captions (%(default)s)")
     add("--ret", type=common.weight, default=1.0, help="weight of the pairs (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.data is None:
-        args = common.toy_args(parser, argv)
-    common.setup()
+    args = common.parse(parser, argv)                       # without --data: of the toy
 
     train, sets = common.read_data(args)                    # sets: val, then all others to score
     total = common.total_steps(args, len(train))
@@ -221,7 +219,7 @@ def main(argv=None):
     pair_loader = itertools.repeat(None)
     if use_ret:
         near = retrieve_pairs(pool, train, model, preprocess, args)
-        pairs = pool.take(near, "pairs")
+        pairs = replace(pool, paths=pool.paths[near], labels=pool.labels[near])
         pair_tokens = common.tokenize(tokenizer, [pool_texts[i] for i in near])
         R = min(args.batch_size, len(pairs) // common.WORLD * common.WORLD)
         if not R:
@@ -265,10 +263,11 @@ def main(argv=None):
             model.logit_scale.clamp_(max=math.log(100))     # CLIP's own bound
 
         if step % args.log_every == 0 or step + 1 == total:
-            run.log(step, loss=loss, **terms, lr=group["lr"])
-        if common.epoch_ends(step, args, len(train)):
+            run.log(step=step, loss=loss, **terms, lr=group["lr"])
+        images_seen = (step + 1) * args.batch_size
+        if args.eval_every and images_seen % (args.eval_every * len(train)) < args.batch_size:
             val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)
-            run.log(step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})
+            run.log(step=step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})
         if (step + 1) % args.save_every == 0 or step + 1 == total or run.stopped:
             run.save(step + 1, parts)
 

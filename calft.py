@@ -82,10 +82,7 @@ def main(argv=None):
     add("--sd", type=common.weight, default=1.5, help="of L_sd; 0: no teacher (%(default)s)")
     add("--cross-fnorm", type=common.weight, default=0.05, help="of L_cross (%(default)s)")
     add("--ema-every", type=common.positive_int, default=500, help="steps an update (%(default)s)")
-    args = parser.parse_args(argv)
-    if args.data is None:
-        args = common.toy_args(parser, argv)
-    common.setup()
+    args = common.parse(parser, argv)                       # without --data: of the toy
 
     # data, model, teacher, optimiser
     train, sets = common.read_data(args)                    # sets: val, then all others to score
@@ -124,7 +121,7 @@ def main(argv=None):
         with common.autocast(args.precision):
             u = common.encode_image(model, images, args.accum)                      # (n, d)
             v = common.encode_text(model, text, args.accum)                         # (n, d)
-        S = common.similarity(u, v, model.logit_scale.exp())                        # (N, N)
+        S = model.logit_scale.exp() * common.gather(u) @ common.gather(v).T         # (N, N)
         loss = common.clip_loss(S)
         terms = {"contrastive": loss}
         W_v, W_t = projections(model)
@@ -135,7 +132,7 @@ def main(argv=None):
             with torch.inference_mode(), common.autocast(args.precision):
                 u_ema = common.encode_image(teacher, images, args.accum)            # (n, d)
                 v_ema = common.encode_text(teacher, text, args.accum)               # (n, d)
-            S_ema = common.similarity(u_ema, v_ema, teacher.logit_scale.exp())      # (N, N)
+            S_ema = teacher.logit_scale.exp() * common.gather(u_ema) @ common.gather(v_ema).T
             terms["self_distillation"] = self_distillation(S, S_ema)
             loss = loss + args.sd * terms["self_distillation"]
         if args.cross_fnorm:
@@ -153,10 +150,11 @@ def main(argv=None):
             update_teacher(teacher, model, ema_momentum(step, total))
 
         if step % args.log_every == 0 or step + 1 == total:
-            run.log(step, loss=loss, **terms, lr=group["lr"])
-        if common.epoch_ends(step, args, len(train)):
+            run.log(step=step, loss=loss, **terms, lr=group["lr"])
+        images_seen = (step + 1) * args.batch_size
+        if args.eval_every and images_seen % (args.eval_every * len(train)) < args.batch_size:
             val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)
-            run.log(step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})
+            run.log(step=step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})
         if (step + 1) % args.save_every == 0 or step + 1 == total or run.stopped:
             run.save(step + 1, parts)
 

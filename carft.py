@@ -52,10 +52,7 @@ def main(argv=None):
     add = parser.add_argument_group("CAR-FT").add_argument
     add("--lam", type=common.weight, default=1.0, help="of the KL; 0: plain FT (%(default)s)")
     add("--reverse-kl", action="store_true", help="KL(p || p0) instead of KL(p0 || p)")
-    args = parser.parse_args(argv)
-    if args.data is None:
-        args = common.toy_args(parser, argv)
-    common.setup()
+    args = common.parse(parser, argv)                       # without --data: of the toy
 
     # data, model, heads, optimiser
     train, sets = common.read_data(args)                    # sets: val, then all others to score
@@ -113,16 +110,17 @@ def main(argv=None):
         scaler.update()
 
         if step % args.log_every == 0 or step + 1 == total:
-            run.log(step, loss=loss, **terms, lr=group["lr"])
-        if common.epoch_ends(step, args, len(train)):
+            run.log(step=step, loss=loss, **terms, lr=group["lr"])
+        images_seen = (step + 1) * args.batch_size
+        if args.eval_every and images_seen % (args.eval_every * len(train)) < args.batch_size:
             val = common.evaluate(model, tokenizer, preprocess, sets[:1], args, W_cls)
-            run.log(step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})
+            run.log(step=step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})
         if (step + 1) % args.save_every == 0 or step + 1 == total or run.stopped:
             run.save(step + 1, parts)
 
     common.export(model, args.model, run.path / "model")    # before scoring, which may fail
     head, classes = {"W_cls": W_cls}, json.dumps(train.classes)
-    common.write_tensors(run.path / "head.safetensors", head, classes=classes)
+    common.write(run.path / "head.safetensors", head, classes=classes)
     run.add_results(common.evaluate(model, tokenizer, preprocess, sets, args, W_cls))
     run.report()
 

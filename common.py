@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What calft.py, carft.py, anchor.py and evaluate.py share. No training method is in here.
 
-Shapes: N images in the global batch, n in this process or in a set, K classes, M templates, L
-tokens, d feature dimensions.
-"""
+Shapes: N images in the global batch, n of this process or set; K classes, M templates, L tokens;
+d feature dimensions."""
 import argparse
 import contextlib
 import hashlib
@@ -15,7 +14,7 @@ import pathlib
 import shutil
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from os.path import abspath, basename, dirname, isdir, isfile, join, realpath
 
@@ -55,9 +54,8 @@ weight, fraction = number_type(float, 0), number_type(float, 1e-9, 1)
 
 def flags(doc, out, **recipe):
     """An argparse parser with the flags of all scripts, of training too if there is a recipe."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=layout, allow_abbrev=False,
-                                     conflict_handler="resolve")
+    parser = argparse.ArgumentParser(description=doc, conflict_handler="resolve",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}")
     parser.set_defaults(method=doc.split(":")[0])
     bf16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -93,25 +91,24 @@ def flags(doc, out, **recipe):
         parser.set_defaults(**recipe)
     return parser
 
-def toy_args(parser, argv):
-    """Parse argv with the recipe of tests/toy.py as defaults; draw the toy unless it is there."""
-    sys.path.insert(0, join(dirname(abspath(__file__)), "tests"))
-    try:
-        import toy
-    except ModuleNotFoundError:
-        sys.exit("error: --data ROOT is needed: a folder with train/<class>/* and val/<class>/*")
-    toy.build()
-    parser.set_defaults(**toy.defaults())
-    return parser.parse_args(argv)
-
-def setup():
-    """Join the processes of torchrun, and make float32 mean float32."""
+def parse(parser, argv):
+    """Flags of argv, without --data those of the toy, which is drawn. Joins torchrun's group."""
+    args = parser.parse_args(argv)
+    if args.data is None:
+        sys.path.insert(0, join(dirname(abspath(__file__)), "tests"))
+        try:
+            import toy
+        except ModuleNotFoundError:
+            sys.exit("error: --data ROOT is needed, a folder with train/<class>/*, val/<class>/*")
+        parser.set_defaults(**toy.defaults())
+        args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("highest")           # some container images switch TF32 on
     torch.backends.cudnn.allow_tf32 = False
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     if WORLD > 1:                                           # one may download while others wait
         dist.init_process_group(timeout=timedelta(hours=2))
+    return args
 
 def say(message):
     """Print, by the first process only and above any progress bar."""
@@ -132,15 +129,14 @@ def average_gradients(parameters):
     """Replace every gradient by its mean over the processes, in one all-reduce."""
     if WORLD > 1:
         grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in grads]) / WORLD
+        flat = torch.nn.utils.parameters_to_vector(grads) / WORLD
         dist.all_reduce(flat)
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(mean.view_as(g))
+        torch.nn.utils.vector_to_parameters(flat, grads)
 
 def total_steps(args, n):
     """Optimiser steps of a run over n images: --epochs in whole batches, at most --max-steps."""
     if args.batch_size > n or args.batch_size % (WORLD * args.accum):
-        sys.exit(f"error: --batch-size must be at most {n}, the training images, and a multiple of "
+        sys.exit(f"error: --batch-size: at most {n}, the training images, and a multiple of "
                  f"{WORLD * args.accum}, processes times --accum")
     steps = min(args.epochs * n // args.batch_size, args.max_steps or math.inf)
     if args.warmup >= steps:
@@ -150,39 +146,38 @@ def total_steps(args, n):
 # ---- data: image folders as sets, images as crops ------------------------------------------------
 @dataclass
 class ImageSet:
-    """Image files, their labels, and what their classes are called. A class is scored by the
-    greatest logit of its training classes, columns[k], mostly one. columns None: some class
-    was not trained on, so the set gets a zero-shot head of its own."""
+    """Image files, labels, and how classes are called and scored: class k by the greatest logit of
+    its training classes, columns[k], mostly one; where columns is None, by a head of the set."""
     name: str                                               # its row in the table
     classes: list                                           # K folder names
     classnames: list                                        # K names as prompts say them
     templates: list                                         # M prompts with {} for a class name
-    columns: list | None                                    # K lists of training classes
+    columns: list | None                                    # K lists; None: some are not trained on
     paths: np.ndarray                                       # (n,) bytes: str takes four times that
     labels: np.ndarray                                      # (n,) indices of classes
 
     def __len__(self):
         return len(self.paths)
 
-    def take(self, rows, name):
-        return replace(self, name=name, paths=self.paths[rows], labels=self.labels[rows])
-
-def scan(path):
-    """{class: paths of its images, as bytes} of path/<class>/*, without what is hidden."""
+def subfolders(path):
+    """Names of the folders in a folder, without hidden ones."""
     if not isdir(path):
         sys.exit(f"error: {path} is not a folder (expected image folders: {path}/<class>/*.jpg)")
-    folders = sorted(d.name for d in os.scandir(path) if d.is_dir() and not d.name.startswith("."))
-    return {c: sorted(os.fsencode(f) for f in os.scandir(join(path, c)) if not f.is_dir() and
-                      f.name.lower().endswith(IMG_EXTENSIONS) and not f.name.startswith("."))
-            for c in folders}
+    return sorted(d.name for d in os.scandir(path) if d.is_dir() and not d.name.startswith("."))
 
-def flatten(scans, classes):
-    """Paths (n,) and labels (n,) of some scans, without their empty classes."""
-    pairs = [pair for images in scans for pair in images.items()]
-    for c in [c for c, paths in pairs if not paths]:
-        say(f"warning: the class folder {c} holds no image and is passed over")
-    labels = [np.full(len(paths), classes.index(c)) for c, paths in pairs if paths]
-    return np.concatenate([np.array(paths) for _, paths in pairs if paths]), np.concatenate(labels)
+def scan(path):
+    """{class: paths of its images, as bytes} of path/<class>/*, without hidden files."""
+    found = {c: sorted(os.fsencode(f) for f in os.scandir(join(path, c)) if not f.is_dir() and
+                       f.name.lower().endswith(IMG_EXTENSIONS) and not f.name.startswith("."))
+             for c in subfolders(path)}
+    for c in [c for c in found if not found[c] and any(found.values())]:
+        say(f"warning: {path}/{c} holds no image and is passed over")
+    return {c: paths for c, paths in found.items() if paths}
+
+def flatten(found, classes):
+    """Paths (n,) and labels (n,) of the images in a scan."""
+    labels = np.repeat(np.arange(len(classes)), [len(found.get(c, [])) for c in classes])
+    return np.array([path for c in classes for path in found.get(c, [])]), labels
 
 def read_rows(path, *columns):
     """Rows of a text file with tabs between the named columns, below a header if there is one."""
@@ -209,76 +204,72 @@ def find_texts(classes, folders, templates):
                 sys.exit(f"error: {folder}/templates.txt: expected a prompt with {{}} on each line")
     return [names.get(c, c.replace("_", " ")) for c in classes], templates
 
-def read_sets(name, path, train):
+def read_sets(name, path, train, nested=True):
     """The evaluation sets of a folder: itself, or every image folder in it (ImageNet-C). Which
     training class a folder is: classes.txt (folder<TAB>training class[;training class...]) > its
     name > its number, if they are exactly 0 to K-1 (ImageNet-V2)."""
-    found = scan(path)
-    classes = [c for c in found if found[c]]
-    if not found:
+    found, inside = scan(path), subfolders(path)
+    if not found and not nested:
+        say(f"{path} is no image folder and not scored; --eval scores those inside it")
+        return []
+    if not inside:
         sys.exit(f"error: {path} holds no images (expected {path}/<class>/*.jpg)")
-    if not classes:
-        return [s for d in found for s in read_sets(f"{name}/{d}", join(path, d), train)]
+    if not found:
+        return [s for d in inside for s in read_sets(f"{name}/{d}", join(path, d), train)]
     trained = {c: [k] for k, c in enumerate(train.classes)}
-    index, numbers = dict(trained), {str(k): [k] for k in range(len(trained))}
-    if set(classes) == set(numbers) and set(numbers) != set(trained):
-        index = numbers
+    numbers = {str(k): [k] for k in range(len(trained))}
+    index = {**(numbers if set(found) == set(numbers) else {}), **trained}
     if isfile(join(path, "classes.txt")):
         for c, targets in read_rows(join(path, "classes.txt"), "folder", "training class[;...]"):
             known = [trained.get(t.strip()) for t in targets.split(";")]
             index[c] = None if None in known else sum(known, [])
-    columns = [index.get(c) for c in classes]
+    columns, classes = [index.get(c) for c in found], list(found)
     texts = [train.classnames[c[0]] for c in columns if c], train.templates
     if None in columns:
-        say(f"{name}: {columns.count(None)} of its {len(classes)} classes were not trained on")
         texts, columns = find_texts(classes, [path, dirname(path)], train.templates), None
-    return [ImageSet(name, classes, *texts, columns, *flatten([found], classes))]
-
-def hold_out(train, val_frac, seed):
-    """train, val: of each class val gets the first files by a hash of the seed and their names."""
-    digests = [hashlib.md5(b"%d %s" % (seed, basename(p))).digest() for p in train.paths]
-    order, held = np.lexsort((digests, train.labels)), np.zeros(len(train), bool)
-    for rows in np.split(order, np.bincount(train.labels).cumsum()[:-1]):           # of a class
-        held[rows[:min(math.ceil(val_frac * len(rows)), len(rows) - 1)]] = True
-    if not held.any():
-        sys.exit("error: there is no val, and too few images a class to hold some out; give --val")
-    return train.take(~held, "train"), train.take(held, "val")
+    return [ImageSet(name, classes, *texts, columns, *flatten(found, classes))]
 
 def read_data(args):
     """The sets of a ROOT, by --data, --train, --val and --eval: train, [val, *others to score]."""
     say(f"reading the image folders of {args.data}")
     folders, val = [join(args.data, d) for d in args.train], join(args.data, args.val or "val")
-    found = [scan(d) for d in folders]
-    classes = sorted({c for images in found for c in images if images[c]})
+    of_train = {}
+    for folder in folders:
+        for c, paths in scan(folder).items():
+            of_train.setdefault(c, []).extend(paths)
+    classes = sorted(of_train)
     if len(classes) < 2:
         sys.exit(f"error: {folders[0]} needs images of two classes at least, in <class>/*.jpg")
-    templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    texts, columns = find_texts(classes, [args.data], templates), [[k] for k in range(len(classes))]
-    train = ImageSet("train", classes, *texts, columns, *flatten(found, classes))
     if args.val or isdir(val):
         of_val = scan(val)
-        unknown = sorted(c for c in of_val if of_val[c] and c not in classes)
-        if unknown or not any(of_val.values()):
-            sys.exit(f"error: {val} has no images, or classes that training lacks: {unknown}")
-        sets = [ImageSet("val", classes, *texts, columns, *flatten([of_val], classes))]
-    else:
-        train, *sets = hold_out(train, args.val_frac, args.seed)
+    else:                                                   # hold out the first by a hash of names
+        of_val, seed = {}, b"%d " % args.seed
+        for c, paths in of_train.items():
+            order = sorted(paths, key=lambda path: hashlib.md5(seed + basename(path)).digest())
+            n = min(math.ceil(args.val_frac * len(paths)), len(paths) - 1)
+            of_val[c], of_train[c] = sorted(order[:n]), sorted(order[n:])
+    unknown = sorted(set(of_val) - set(classes))
+    if unknown or not any(of_val.values()):
+        sys.exit(f"error: {val} has no images, or classes that training lacks: {unknown}")
+    texts = find_texts(classes, [args.data], [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES])
+    columns = [[k] for k in range(len(classes))]
+    train = ImageSet("train", classes, *texts, columns, *flatten(of_train, classes))
+    sets = [ImageSet("val", classes, *texts, columns, *flatten(of_val, classes))]
     used = {realpath(join(args.data, d)) for d in [*folders, val, "train", "val"]}
-    for name in scan(args.data):
-        path = join(args.data, name)
-        if realpath(path) not in used and any(scan(path).values()):
-            sets += read_sets(name, path, train)
-        elif realpath(path) not in used:
-            say(f"{path} is no image folder and not scored; --eval scores those inside it")
+    for name in subfolders(args.data):
+        if realpath(join(args.data, name)) not in used:
+            sets += read_sets(name, join(args.data, name), train, nested=False)
     for path in map(abspath, args.eval):
-        taken = [s.name.split("/")[0] for s in sets] + ["test"]
+        taken = ["test", *(s.name.split("/")[0] for s in sets)]
         depth = 2 if basename(path) in taken else 1         # 2: the name has its parent's too
         sets += read_sets("/".join(path.split("/")[-depth:]), path, train)
+    if len({s.name for s in sets}) < len(sets):
+        sys.exit("error: --eval has two folders of the same name in folders of the same name")
     return train, sets
 
 def read_image(path):
-    """Decode a file, or bytes of a tar, "x.tar:OFFSET:SIZE": uint8 RGB (3, H, W). Orientation tags
-    are ignored, as by open_clip. Raises ValueError, also for a size that would fill the memory."""
+    """Decode a file, or bytes of a tar, "x.tar:OFFSET:SIZE": uint8 RGB (3, H, W), True; or if it
+    cannot be read or would fill the memory, black, False. Orientation tags are ignored."""
     path = os.fsdecode(path)
     file, offset, size = path.rsplit(":", 2) if ".tar:" in path else (path, 0, -1)
     try:
@@ -288,22 +279,20 @@ def read_image(path):
         image = Image.open(io.BytesIO(data))                # reads the header only
         short, long = sorted(image.size)
         if short * long > 89e6 or long > 100 * short:
-            raise ValueError(f"{image.width} x {image.height} pixels")
+            raise ValueError
         try:
             data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            x = decode_image(data, ImageReadMode.RGB)
-            x = x[0] if x.ndim == 4 else x                  # an animation
-            return x if x.dtype == torch.uint8 else (x.float() / 257).round().to(torch.uint8)
-        except (RuntimeError, ValueError):
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except Exception as e:                                  # Pillow's plugins raise many kinds
-        raise ValueError(f"{path!r} cannot be read as an image ({type(e).__name__}: {e})") from None
+            x = v2.functional.to_dtype(decode_image(data, ImageReadMode.RGB), torch.uint8, True)
+            return x[0] if x.ndim == 4 else x, True         # the first frame of an animation
+        except (RuntimeError, ValueError):                  # a format that Pillow alone knows
+            return v2.functional.pil_to_tensor(image.convert("RGB")), True
+    except Exception:                                       # Pillow's plugins raise many kinds
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), False
 
 class TrainImages(torch.utils.data.Dataset):
     """An endless data set: place p is image p mod n of epoch p // n, each epoch in a new order. An
-    item: crop uint8 (3, S, S), label, row in the set, a random number for the script's draws, and
-    the drawn row if it could not be read and the next one stands in, else -1. All depend on (seed,
-    epoch, drawn row) alone, so workers, processes and resuming change nothing."""
+    item: crop uint8 (3, S, S), label, row, a random number, and the row drawn if it could not be
+    read and the next stands in, else -1. All is a function of (seed, epoch, row drawn)."""
     def __init__(self, images, preprocess, seed):
         self.images, self.preprocess, self.seed, self.epoch = images, preprocess, seed, -1
 
@@ -312,15 +301,13 @@ class TrainImages(torch.utils.data.Dataset):
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
-        drawn, image = int(self.order[position]), torch.zeros(3, 8, 8, dtype=torch.uint8)
+        drawn = int(self.order[position])
         seeds = np.random.SeedSequence([self.seed, epoch, drawn]).generate_state(2).tolist()
         for row in range(drawn, drawn + len(self.images)):
             row %= len(self.images)
-            try:
-                image = read_image(self.images.paths[row])
+            image, readable = read_image(self.images.paths[row])
+            if readable:
                 break
-            except ValueError:
-                continue
         with torch.random.fork_rng(devices=[]):             # transforms.v2 takes no generator
             torch.manual_seed(seeds[0])
             crop = self.preprocess(image)
@@ -332,15 +319,12 @@ class EvalImages(torch.utils.data.Dataset):
         self.paths, self.preprocesses = np.concatenate([s.paths for s in sets]), preprocesses
 
     def __getitem__(self, i):
-        try:
-            image, failed = read_image(self.paths[i]), -1
-        except ValueError:
-            image, failed = torch.zeros(3, 8, 8, dtype=torch.uint8), i
-        return [preprocess(image) for preprocess in self.preprocesses], failed
+        image, readable = read_image(self.paths[i])
+        return [preprocess(image) for preprocess in self.preprocesses], -1 if readable else i
 
 def outlive_sigterm(_):
-    """Workers get the SIGTERM of a scheduler too: they live a minute on, so that a step can end."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+    """Workers get a scheduler's SIGTERM too, and live half a minute on, so that a step can end."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 def loader(data, batch_size, places, args):
@@ -350,9 +334,8 @@ def loader(data, batch_size, places, args):
         pin_memory=DEVICE.type == "cuda", worker_init_fn=outlive_sigterm)
 
 def train_loader(images, preprocess, args, start, total, batch_size=None, seed=None):
-    """Yield this process's n = N / WORLD items of the batches of steps start to total - 1: crops
-    uint8 (n, 3, S, S), labels, rows, random numbers (n,). Process r takes every WORLD-th image from
-    the r-th on. Warns of unreadable images; over 1 % of them in a process end the program."""
+    """Yield the batches of steps start to total - 1: crops uint8 (n, 3, S, S), labels, rows, random
+    numbers (n,). Of the N images of a batch, process r has every WORLD-th from the r-th on."""
     batch_size, unreadable = batch_size or args.batch_size, set()
     data = TrainImages(images, preprocess, args.seed if seed is None else seed)
     places = range(start * batch_size + RANK, total * batch_size, WORLD)
@@ -367,35 +350,27 @@ def train_loader(images, preprocess, args, start, total, batch_size=None, seed=N
 
 # ---- models, features, heads, losses -------------------------------------------------------------
 def load_model(name, pretrained, device=DEVICE):
-    """An open_clip model (float32, eval mode), preprocess_train and preprocess_val (uint8 (3, H, W)
-    -> uint8 (3, S, S)), tokenizer. pretrained: a tag, a file, or "": random weights. Ends the
-    program for a tag of the other activation, of which open_clip only warns."""
+    """An open_clip model in float32, preprocess_train, preprocess_val: uint8 (3, H, W) -> uint8 (3,
+    S, S), and tokenizer. Where open_clip only warns, of another activation, this is an error."""
     try:
-        if ":" in name:                                     # local-dir:, hf-hub:
-            pretrained = ""
-        elif name not in open_clip.list_models():
-            raise ValueError(f"models are {', '.join(open_clip.list_models())}, local-dir:PATH")
-        config = open_clip.get_model_config(name) or {}
-        if config.get("text_cfg", {}).get("hf_tokenizer_name"):
-            raise ValueError("text towers with a Hugging Face tokenizer are not supported")
+        pretrained = "" if ":" in name else pretrained      # local-dir:, hf-hub:
+        config, others = open_clip.get_model_config(name), ", ".join(open_clip.list_models())
+        if config is None or config["text_cfg"].get("hf_tokenizer_name"):
+            raise ValueError(f"unknown, or a Hugging Face text tower; try local-dir:PATH, {others}")
         tag = open_clip.get_pretrained_cfg(name, pretrained)
         if tag and bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):
-            other = name.removesuffix("-quickgelu") + "-quickgelu" * bool(tag.get("quick_gelu"))
-            raise ValueError(f"the tag was trained with another activation; use --model {other}")
+            raise ValueError("the tag is of another activation: add or drop -quickgelu in --model")
         model = open_clip.create_model(name, pretrained or None, device=device)
         crops = model.visual.preprocess_cfg
         if crops["resize_mode"] not in ("shortest", "squash"):
             raise ValueError(f"its resize mode, {crops['resize_mode']}, is not supported")
     except Exception as e:                                  # no network, a broken file: many kinds
         sys.exit(f"error: --model {name} --pretrained {pretrained}: {' '.join(str(e).split())}")
-    # Eval mode also in training: BatchNorm keeps its pretrained statistics and stochastic depth is
-    # off, so a step does not depend on how the batch is cut.
-    model.eval()
-    size, how = np.ravel(model.visual.image_size)[0], InterpolationMode(crops["interpolation"])
-    crop = v2.RandomResizedCrop(int(size), scale=(0.9, 1.0), interpolation=how)
-    resize = v2.Resize(int(size) if crops["resize_mode"] == "shortest" else [size, size], how)
-    crop_val = v2.Compose([resize, v2.CenterCrop(int(size))])
-    return model, crop, crop_val, open_clip.get_tokenizer(name)
+    model.eval()        # also in training: BatchNorm and stochastic depth would see the batch's cut
+    size, how = int(np.ravel(model.visual.image_size)[0]), InterpolationMode(crops["interpolation"])
+    crop = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=how)
+    resize = v2.Resize(size if crops["resize_mode"] == "shortest" else [size, size], how)
+    return model, crop, v2.Compose([resize, v2.CenterCrop(size)]), open_clip.get_tokenizer(name)
 
 def prepare_towers(model, args):
     """Apply --grad-checkpointing and --compile in place; the names of the weights stay the same."""
@@ -442,9 +417,8 @@ def encode_image(model, images, accum=1):
     return normalize(model.encode_image(images))
 
 def encode_text(model, tokens, accum=1):
-    """Tokens (n, L), best on the CPU -> L2-normalised features (n, d), float32. In a causal tower
-    that pools at the end-of-text token, tokens after it cannot affect the feature, so the batch is
-    cut at its longest prompt. Other towers run at full length."""
+    """Tokens (n, L), best on the CPU -> L2-normalised features (n, d), float32. For causal towers
+    that pool at end-of-text the batch is cut at its longest prompt: the rest has no effect."""
     if accum > 1:
         return in_chunks(encode_text, model, tokens, accum)
     text, device = getattr(model, "text", model), model.logit_scale.device
@@ -462,8 +436,7 @@ def encode_text(model, tokens, accum=1):
 
 def tokenize(tokenizer, texts):
     """Tokens (n, L) int32 of texts, L the longest of them."""
-    blocks = tqdm(range(0, len(texts), 8192), "tokenising", leave=False,
-                  disable=RANK > 0 or len(texts) < 200_000)
+    blocks = tqdm(range(0, len(texts), 8192), "tokenising", leave=False, delay=3, disable=RANK > 0)
     tokens = torch.cat([tokenizer(texts[i:i + 8192]).int() for i in blocks])
     return tokens[:, :int(tokens.argmax(-1).max()) + 1].contiguous()
 
@@ -477,8 +450,7 @@ def text_embeddings(model, tokenizer, classnames, templates):
     """Text features of every class in every template, (K, M, d), each L2-normalised."""
     tokens = prompts(tokenizer, classnames, templates).flatten(0, 1)                # (K*M, L)
     order = tokens.argmax(-1).argsort()                     # by length: most batches are cut short
-    batches = tqdm(tokens[order].split(1024), f"encoding {len(tokens):,} prompts", leave=False,
-                   disable=RANK > 0 or len(tokens) < 10_000)
+    batches = tqdm(tokens[order].split(1024), "prompts", leave=False, delay=3, disable=RANK > 0)
     E = torch.cat([encode_text(model, batch) for batch in batches])                 # (K*M, d)
     return E[order.argsort()].view(len(classnames), len(templates), -1)
 
@@ -486,20 +458,15 @@ def class_head(E):
     """Zero-shot classifier W_cls (K, d) of text features E (K, M, d): normalised mean over M."""
     return F.normalize(E.mean(1), dim=-1)
 
-def similarity(u, v, logit_scale):
-    """S = logit_scale * u v^T of the global batch: (n, d), (n, d) -> (N, N), rows are images."""
-    return logit_scale * gather(u) @ gather(v).T
-
 def clip_loss(S):
     """CE2(S): mean cross-entropy of rows and of columns of S (N, N); row i belongs to column i."""
     target = torch.arange(len(S), device=S.device)
     return (F.cross_entropy(S, target) + F.cross_entropy(S.T, target)) / 2
 
 def contrastive_loss(image_features, text_features, logit_scale):
-    """CLIP's symmetric contrastive loss (Radford et al., 2021, figure 3) of the global batch:
-    scalar. Both features: (n, d), L2-normalised, of this process; under torchrun the rows of all
-    are gathered. logit_scale: already exponentiated, as in open_clip."""
-    return clip_loss(similarity(image_features, text_features, logit_scale))
+    """CLIP's loss (Radford et al., 2021, figure 3) of the global batch, gathered: scalar. Features
+    (n, d) are L2-normalised; logit_scale is exponentiated already, as in open_clip."""
+    return clip_loss(logit_scale * gather(image_features) @ gather(text_features).T)
 
 # ---- scores and the table ------------------------------------------------------------------------
 def ece(confidence, correct, bins=15):
@@ -511,69 +478,57 @@ def ece(confidence, correct, bins=15):
     return float(np.abs(gap).sum() / len(confidence))
 
 def scores(logits, labels):
-    """Scores of a whole set from logits (n, K) and labels (n,): fractions in [0, 1], nll in nats.
-    ece_batch10 is what CaRot's released code reports: 10 bins on batches of 512 in file order,
-    averaged, which is biased upwards. It is here for comparison only."""
+    """Scores of a whole set from logits (n, K) and labels (n,): fractions, nll in nats. To compare
+    with CaRot's code, ece_batch10: mean over batches of 512 with 10 bins, biased upwards."""
     log_p = torch.cat([F.log_softmax(part.float(), -1) for part in logits.split(8192)])     # (n, K)
     confidence, predicted = log_p.exp().max(-1)
     correct, label_log_p = predicted == labels, log_p.gather(1, labels[:, None]).squeeze(1)
-    batches = zip(confidence.split(512), correct.split(512))
-    top1 = float(correct.double().mean())
+    batches, top1 = zip(confidence.split(512), correct.split(512)), float(correct.double().mean())
     return {"top1": top1, "top1_se": math.sqrt(top1 * (1 - top1) / len(labels)),
-            "ece": ece(confidence, correct),
+            "ece": ece(confidence, correct), "nll": float(-label_log_p.mean()),
             "ece_batch10": sum(ece(c, r, 10) * len(r) for c, r in batches) / len(labels),
-            "nll": float(-label_log_p.mean()),
             "brier": float((log_p.exp().square().sum(1) - 2 * label_log_p.exp() + 1).mean())}
 
 @torch.no_grad()
 def image_features(models, preprocesses, sets, args, title, skip=False, precision="fp32"):
-    """Features of every image, decoded once for all models: for each model a list with (n, d) for
-    each set, on the CPU. An unreadable image ends the program, or with `skip` has NaN features."""
-    data, parts = EvalImages(sets, preprocesses), [[] for _ in models]
-    mine = range(RANK, len(data.paths), WORLD)
-    batches = tqdm(loader(data, args.batch_size, mine, args), title, leave=False, disable=RANK > 0)
-    for crops, failed in batches:
+    """Features of images decoded once for all models: for each model a list with (n, d) for each
+    set, on the CPU. An unreadable image ends the program, or with `skip` has NaN features."""
+    data, parts, n = EvalImages(sets, preprocesses), [[] for _ in models], sum(map(len, sets))
+    places = [i % n for i in range(RANK, n + -n % WORLD, WORLD)]        # as many in each process
+    batches = loader(data, args.batch_size, places, args)
+    for crops, failed in tqdm(batches, title, leave=False, disable=RANK > 0):
         if failed.max() >= 0 and not skip:
-            path = os.fsdecode(data.paths[failed.max()])
-            sys.exit(f"error: {path} cannot be read as an image; mend or remove it")
+            sys.exit(f"error: {os.fsdecode(data.paths[failed.max()])} is broken; mend or remove it")
         for model, x, part in zip(models, crops, parts):
             with autocast(precision):
                 u = encode_image(model, to_input(model, x)).cpu()                   # (batch, d)
             part.append(u.masked_fill(failed[:, None] >= 0, math.nan))
-    every = [torch.cat(part) for part in parts]                                     # (n / WORLD, d)
-    if WORLD > 1:                                           # row i is of process i % WORLD
-        for k, u in enumerate(every):
-            of_all = torch.zeros(len(data.paths), u.shape[1], device=DEVICE)
-            of_all[RANK::WORLD] = u.to(DEVICE)
-            dist.all_reduce(of_all)
-            every[k] = of_all.cpu()
-    return [u.split([len(s) for s in sets]) for u in every]
+    for k, part in enumerate(parts):                        # row i is of process i % WORLD
+        u = gather(torch.cat(part).to(DEVICE)).unflatten(0, (WORLD, -1)).transpose(0, 1)
+        parts[k] = u.flatten(0, 1)[:n].cpu().split([len(s) for s in sets])
+    return parts
 
-@torch.no_grad()
 def set_logits(model, tokenizer, sets, features, head=None):
-    """For each set the rows (n',) that could be read, their logits (n', K) times tau and labels
-    (n',), and facts for results.json. head (K, d): of the training classes, which are those of the
-    first set, val; None: the model's own zero-shot head."""
+    """For each set the readable rows (n',), logits (n', K), labels (n',), and facts for the table.
+    head (K, d): of the classes of sets[0], val; None: the model's own zero-shot head."""
     def zero_shot(s):
         return class_head(text_embeddings(model, tokenizer, s.classnames, s.templates)).cpu()
-    tau = model.logit_scale.exp().cpu()
-    head = zero_shot(sets[0]) if head is None else head.cpu()                       # (K, d)
+    tau = model.logit_scale.detach().exp().cpu()
+    head = zero_shot(sets[0]) if head is None else head.detach().cpu()              # (K, d)
     for s, u in zip(sets, features):
         rows = (~u[:, 0].isnan()).nonzero().squeeze(1)
         if not len(rows):
             sys.exit(f"error: no image of {s.name} can be read, or the weights are not finite")
-        if s.columns is None:
-            logits, kind = tau * u[rows] @ zero_shot(s).T, "zero-shot"
-        else:                                               # of several columns the greatest counts
-            trained = tau * u[rows] @ head.T                # (n', training classes)
-            logits = torch.stack([trained[:, c].amax(1) for c in s.columns], 1)
-            kind = "all" if len(s.columns) == len(head) else "subset"
+        logits = tau * u[rows] @ (zero_shot(s) if s.columns is None else head).T    # (n', K)
+        if s.columns is not None:                           # of several columns the greatest counts
+            logits = torch.stack([logits[:, c].amax(1) for c in s.columns], 1)
+        kind = "subset" if len(s.classes) < len(head) else "all"
         yield rows, logits, torch.from_numpy(s.labels)[rows], {
-            "n": len(rows), "classes": len(s.classes), "skipped": len(s) - len(rows), "head": kind}
+            "n": len(rows), "classes": len(s.classes), "skipped": len(s) - len(rows),
+            "head": kind if s.columns else "zero-shot"}
 
 def summary(sets, set_scores):
-    """{"sets": scores by name, "shift_mean": of the shifts: all but val, its sibling `test`, and
-    sets with classes that were not trained on; None without any}."""
+    """Scores by set, and their mean over the shifts: all but val, test, and sets with own heads."""
     shifts = [s.name for s in sets if s.name not in ("val", "test") and s.columns is not None]
     mean = {k: np.mean([set_scores[s][k] for s in shifts]) for k in ("top1", "ece") if shifts}
     return {"sets": set_scores, "shift_mean": mean or None}
@@ -588,13 +543,14 @@ def evaluate(model, tokenizer, preprocess, sets, args, head=None):
 def table(columns):
     """Summaries of models on the same sets, {title: summary}, as text; top-1 and ECE in percent."""
     first = next(iter(columns.values()))
-    width = max(14, *(len(name) + 2 for name in first["sets"]))
+    own = {name: r for name, r in first["sets"].items() if r["head"] == "zero-shot"}
+    names = [name for name in first["sets"] if name not in own]
+    names += ["shift mean"] * bool(first["shift_mean"]) + list(own)
+    width = max(14, *(len(name) + 2 for name in names))
     lines = [" " * (width + 15) + "".join(f"{title[-21:]:>22}" for title in columns),
              f"{'set':<{width}}{'images':>7}{'classes':>8}"
              + f"{'top-1':>8}{'± se':>6}{'ECE':>8}" * len(columns)]
-    own = [name for name, r in first["sets"].items() if r["head"] == "zero-shot"]
-    mean = ["shift mean"] * bool(first["shift_mean"])
-    for name in [*(name for name in first["sets"] if name not in own), *mean, *own]:
+    for name in names:
         about, star = first["sets"].get(name, {"n": "", "classes": ""}), " *" * (name in own)
         lines.append(f"{name + star:<{width}}{about['n']:>7}{about['classes']:>8}")
         for column in columns.values():
@@ -612,35 +568,33 @@ def replacing(path):
         os.makedirs(dirname(path) or ".", exist_ok=True)
         with open(f"{path}.tmp", "wb") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as e:                    # torch.save raises the latter
-        why = " ".join(str(e).split())
-        sys.exit(f"error: {path} cannot be written ({why}); what was there before is kept")
+        if isfile(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        sys.exit(f"error: {path} cannot be written ({' '.join(str(e).split())}); the old is kept")
 
 def read_json(path):
     """The content of a file, or {} where there is none."""
     path = pathlib.Path(path)
     return json.loads(path.read_text()) if path.exists() else {}
 
-def write_json(path, data):
+def write(path, content, **metadata):
+    """Write {name: tensor} to x.safetensors, with metadata of strings, or JSON to another file."""
     if RANK == 0:
+        if str(path).endswith(".safetensors"):
+            tensors = {name: t.detach().cpu().contiguous() for name, t in content.items()}
+            content = safetensors.torch.save(tensors, metadata)
+        else:
+            content = json.dumps(content, indent=1).encode()
         with replacing(path) as f:
-            f.write(json.dumps(data, indent=1).encode())
-
-def write_tensors(path, tensors, **metadata):
-    """Write safetensors; metadata are strings."""
-    if RANK == 0:
-        with replacing(path) as f:
-            tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-            f.write(safetensors.torch.save(tensors, metadata))
+            f.write(content)
 
 def export(model, name, path):
     """Write a model, loaded as `name`, so that open_clip can load it as local-dir:path."""
-    write_tensors(join(path, "open_clip_model.safetensors"), model.state_dict())
     config, images = open_clip.get_model_config(name), model.visual.preprocess_cfg
-    write_json(join(path, "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": images})
+    write(join(path, "open_clip_model.safetensors"), model.state_dict())
+    write(join(path, "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": images})
 
 # Flags that do not change a run; the last three do by rounding only.
 FREE = "out workers log_every save_every eval_every overwrite accum compile grad_checkpointing"
@@ -649,12 +603,11 @@ FILES = "results.json last.pt log.jsonl model teacher head.safetensors features.
 class Run:
     """The files in --out. results: the content of results.json; start: the step to begin with."""
     def __init__(self, args, sets, *texts):
-        """Continue the run that --out holds, or begin one. Ends the program if that is of other
-        flags, images, class names, prompts or `texts`, such as captions."""
-        self.args, self.path, self.stopped, self.saved = args, pathlib.Path(args.out), False, 0
+        """Continue the run in --out or begin one; an error if it has other flags, data or texts."""
+        self.args, self.path, self.stopped = args, pathlib.Path(args.out), False
         about = [(s.name, s.paths.tolist(), s.classnames, s.templates, s.columns) for s in sets]
         digest = hashlib.sha256(repr((about, texts)).encode()).hexdigest()
-        identity = {"method": args.method, **vars(args), "data and texts": digest[:16]}
+        identity = {**vars(args), "data and texts": digest[:16]}
         begun = any((self.path / f).exists() for f in FILES) and not args.overwrite
         old = read_json(self.path / "args.json") if begun else identity
         changed = [f"--{k.replace('_', '-')} {old.get(k)}" for k in identity
@@ -665,27 +618,22 @@ class Run:
         self.results = read_json(self.path / "results.json") if begun else {}
         self.checkpoint = {"step": 0, "log_bytes": 0}
         if begun and (self.path / "last.pt").exists():
-            try:
-                last = self.path / "last.pt"
-                self.checkpoint = torch.load(last, "cpu", mmap=True, weights_only=True)
-            except Exception as e:                          # torch raises half a dozen kinds
-                sys.exit(f"error: {last} cannot be read ({type(e).__name__}); remove it")
+            self.checkpoint = torch.load(self.path / "last.pt", "cpu", mmap=True, weights_only=True)
         self.start = self.checkpoint["step"]
         starts = gather(torch.tensor([[self.start, len(self.results)]], device=DEVICE))
         if len(starts.unique(dim=0)) > 1:
             sys.exit(f"error: --out {args.out} is not the same folder for all processes")
         if RANK == 0 and not begun:
-            write_json(self.path / "args.json", identity)
+            write(self.path / "args.json", identity)
             for file in FILES:                              # an old file would pass for a new one
                 shutil.rmtree(self.path / file, ignore_errors=True)
                 (self.path / file).unlink(missing_ok=True)
 
     def add_results(self, results):
         self.results.update(results)
-        write_json(self.path / "results.json", self.results)
+        write(self.path / "results.json", self.results)
 
     def report(self):
-        """Print the closing table: zero-shot beside fine-tuned."""
         say("\n" + table({"zero-shot": self.results["zero_shot"], "fine-tuned": self.results}))
 
     def restore(self, parts):
@@ -698,8 +646,7 @@ class Run:
             os.truncate(log, min(log.stat().st_size, self.checkpoint["log_bytes"]))
 
     def steps(self, loader, total):
-        """Yield (step, batch) with a progress bar. A SIGTERM only sets `stopped`, in the first
-        process, so that the step can end and save; then the program ends."""
+        """Yield (step, batch). A SIGTERM sets `stopped` in the first process; the step can end."""
         def stop(*_):
             self.stopped = True
         signal.signal(signal.SIGTERM, stop if RANK == 0 else signal.SIG_IGN)
@@ -707,18 +654,14 @@ class Run:
         for step, batch in zip(range(self.start, total), loader):
             yield step, batch
             self.bar.update()
-            if self.stopped and self.saved == step + 1:
-                sys.exit(f"stopped by SIGTERM after step {step}; the same command continues")
         self.bar.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def log(self, step, **values):
-        """Log numbers or scalar tensors. Ends the program if one is not finite."""
-        line = {"step": step}
-        for name, value in values.items():
-            line[name] = float(value.detach() if torch.is_tensor(value) else value)
+    def log(self, **values):
+        """Log numbers or scalar tensors, a step too. Ends the program if one is not finite."""
+        line = {k: v.item() if torch.is_tensor(v) else v for k, v in values.items()}
         if not all(map(math.isfinite, line.values())):
-            sys.exit(f"error: the loss is not finite at step {step}; last.pt is kept. Lower --lr?")
+            sys.exit(f"error: loss not finite at step {line['step']}; last.pt is kept. Lower --lr?")
         self.bar.set_postfix_str(", ".join(f"{k} {v:.3g}" for k, v in line.items()))
         line["images_per_s"] = (self.bar.format_dict.get("rate") or 0) * self.args.batch_size
         if RANK == 0:
@@ -726,16 +669,12 @@ class Run:
                 f.write(json.dumps(line) + "\n")
 
     def save(self, step, parts):
-        """Write last.pt: `parts` after `step` steps. Ends the program if one is not finite."""
+        """Write last.pt after `step` steps. Ends the program if stopped, or weights not finite."""
         if RANK == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             if not all(t.isfinite().all() for t in tree_leaves(state) if torch.is_tensor(t)):
                 sys.exit(f"error: weights are not finite after step {step - 1}; last.pt is kept")
             with open(self.path / "log.jsonl", "ab") as log, replacing(self.path / "last.pt") as f:
                 torch.save({**state, "step": step, "log_bytes": log.tell()}, f)
-            self.saved = step
-
-def epoch_ends(step, args, n):
-    """Whether --eval-every epochs over n images end with this step."""
-    images = (args.eval_every or math.inf) * n
-    return (step + 1) * args.batch_size // images > step * args.batch_size // images
+            if self.stopped:
+                sys.exit(f"stopped by SIGTERM after step {step - 1}; the same command continues")

@@ -165,9 +165,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.mean:
         return print_mean(args.mean)
-    if args.data is None:
-        args = common.toy_args(parser, argv)
-    common.setup()
+    args = common.parse(parser, argv)                       # without --data: of the toy
     if Path(args.out, "args.json").is_file():
         sys.exit(f"error: --out {args.out} holds a run and its results.json; give another --out")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -206,7 +204,7 @@ def main(argv=None):
             notes.append(f"sigma_min {columns[title]['sigma_min']:.3g}   {title}")
     for s, u in zip(sets, everything[0]):
         notes += [f"skipped, not readable: {p.decode()}" for p in s.paths[u[:, 0].isnan().numpy()]]
-    common.write_json(f"{args.out}/results.json", columns)
+    common.write(f"{args.out}/results.json", columns)
     titles = list(columns)
     for i in range(0, len(titles), 3):                      # three models are 100 columns wide
         common.say("\n" + common.table({title: columns[title] for title in titles[i:i + 3]}))

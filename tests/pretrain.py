@@ -137,7 +137,7 @@ def pretrain(model, pixels, group, captions, args):
         images = common.to_input(model, augment(pixels[rows], g))
         u = common.encode_image(model, images)                                      # (N, d)
         v = common.encode_text(model, torch.nn.utils.rnn.pad_sequence(text, batch_first=True))
-        S = common.similarity(u, v, model.logit_scale.exp())                        # (N, N)
+        S = model.logit_scale.exp() * u @ v.T                                       # (N, N)
         loss = spread_loss(S, group[rows].to(S.device))
         optimizer.zero_grad()
         loss.backward()
@@ -204,9 +204,9 @@ def main(argv=None):
     model = open_clip.model.CLIP(**CONFIG["model_cfg"]).to(common.DEVICE)
     model.visual.preprocess_cfg = PREPROCESS
     pretrain(model, pixels, torch.cat(group), captions, args)
-    common.write_json(os.path.join(partial, "clip", "open_clip_config.json"), CONFIG)
+    common.write(os.path.join(partial, "clip", "open_clip_config.json"), CONFIG)
     weights = os.path.join(partial, "clip", "open_clip_model.safetensors")
-    common.write_tensors(weights, model.state_dict())
+    common.write(weights, model.state_dict())
     os.rename(partial, out)
 
     # what it knows

@@ -91,7 +91,7 @@ def test_wise_interpolates_weights_and_head(tiny_root, clip, tmp_path, script):
         W = open_clip.build_zero_shot_classifier(base, tokenizer, names, templates)
         with safe_open(f"{folder}/head.safetensors", "pt") as f:
             head, about = (W.T + f.get_tensor("W_cls")) / 2, f.metadata()
-        common.write_tensors(f"{tmp_path}/mixed/head.safetensors", {"W_cls": head}, **about)
+        common.write(f"{tmp_path}/mixed/head.safetensors", {"W_cls": head}, **about)
     by_hand, = call(tiny_root, tmp_path / "hand", "--model", f"{tmp_path}/mixed")
     assert_same_scores(half, by_hand)
     pages = [np.asarray(Image.open(f).convert("L")) for f in (tmp_path / "plots").iterdir()]

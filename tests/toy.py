@@ -263,8 +263,9 @@ def where():
     return f"{HERE}/.toy/{hashlib.sha256(made_of).hexdigest()[:8]}"
 
 def defaults():
-    """Flags that differ from a script's defaults, {flag: value}; lr is evidence.py's `recipe`."""
-    path = where()
+    """Draw the toy, unless it is there. Flags that differ from a script's defaults, {flag: value};
+    lr is evidence.py's `recipe`."""
+    path = build()
     return {"data": f"{path}/root", "model": f"local-dir:{path}/clip", "epochs": 5, "lr": 3e-4,
             "batch_size": 64, "warmup": 20, "ema_every": 10, "log_every": 20, "save_every": 100,
             "workers": 0, "captions": f"{path}/root/captions.tsv", "pool": f"{path}/pool/pool.tsv"}
