@@ -88,6 +88,18 @@ def load(name, args, val):
 def filename(title):
     return re.sub("[/ ]", "_", title.strip("/"))
 
+def reliability(axis, confidence, correct, title):
+    """Draw a reliability diagram of confidence (n,), correct (n,): accuracy in 15 equal bins."""
+    edges = np.linspace(0, 1, 16)
+    count = np.histogram(confidence, edges)[0]
+    right = np.histogram(confidence, edges, weights=1.0 * correct)[0]
+    colours = np.where(count < 10, "#bcd3ea", "#2b6cb0")    # few images say little: pale
+    axis.bar(edges[:-1], right / np.maximum(count, 1), 1 / 15, align="edge", color=colours,
+             ec="white")
+    axis.plot([0, 1], [0, 1], "k--", linewidth=1)
+    axis.set(title=f"{title}: ECE {100 * common.ece(confidence, correct):.1f}", xlim=(0, 1),
+             ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+
 def plot(folder, columns, outcomes):
     """Draw PNGs: a reliability diagram of each model (of --wise the two ends), and val against
     shifts. outcomes: {title: {set: (confidence (n,), correct (n,))}}."""
@@ -95,7 +107,7 @@ def plot(folder, columns, outcomes):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     Path(folder).mkdir(parents=True, exist_ok=True)
-    centres, bins, curves = (np.arange(15) + 0.5) / 15, np.linspace(0, 1, 16), {}
+    curves = {}
     for title, sets in outcomes.items():
         alpha = columns[title].get("alpha")
         name = title if alpha is None else title.rsplit(" ", 1)[0]          # of the run
@@ -109,14 +121,8 @@ def plot(folder, columns, outcomes):
                                     layout="constrained")
         for axis in axes.flat[len(sets):]:
             axis.set_visible(False)
-        for axis, (name, (confidence, correct)) in zip(axes.flat, sets.items()):
-            count = np.histogram(confidence, bins)[0]
-            right = np.histogram(confidence, bins, weights=1.0 * correct)[0]
-            colours = np.where(count < 10, "#bcd3ea", "#2b6cb0")            # few images say little
-            axis.bar(centres, right / np.maximum(count, 1), 1 / 15, color=colours, ec="white")
-            axis.plot([0, 1], [0, 1], "k--", linewidth=1)
-            axis.set(title=f"{name}: ECE {100 * common.ece(confidence, correct):.1f}", xlim=(0, 1),
-                     ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+        for axis, (name, outcome) in zip(axes.flat, sets.items()):
+            reliability(axis, *outcome, name)
         figure.savefig(f"{folder}/reliability_{filename(title)}.png", dpi=120)
     figure, axis = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
     for name, points in curves.items():

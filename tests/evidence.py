@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The tables of accuracy and calibration. Every run is a script's own, in a process of its own.
+"""The tables of accuracy and calibration, and the README's pictures. One protocol: every method at
+the learning rate 3e-4, over the seeds. Every run is a script's own, in a process of its own.
 
     python tests/evidence.py toy        # all methods on the toy; the papers' claims as differences
     python tests/evidence.py ablations  # the toy: one choice of a method changed at a time
-    python tests/evidence.py recipe     # the toy: its learning rate, on training images held out
-    python tests/evidence.py pacs --root ROOT --model local-dir:CLIP --pool pool.tsv
+    python tests/evidence.py root --root ROOT --model local-dir:CLIP --pool pool.tsv    # your own
+    python tests/evidence.py corrupt --root ROOT --cifar SETS/cifar10 --unseen PACS/cartoon
 
-`pacs` takes what tests/pretrain.py makes: each method's learning rate is chosen on training images
-held out, then all methods run over the seeds, and evaluate.py gives WiSE-FT's curves. Finished runs
-are kept in --out and not repeated; --jobs of them go on at once, one thread each.
+`root` prints WiSE-FT's curves too, and draws with --figures. `corrupt` writes a ROOT whose shifts
+are corruptions of its val. Finished runs are kept in --out and not repeated; --jobs of them go on
+at once, one thread each.
 """
 import argparse
 import concurrent.futures
@@ -20,8 +21,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from torchvision.io import decode_image, write_png
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
 import toy as the_toy
 from bench import METHODS, REPO, system
+
+sys.path.insert(0, REPO)
+import evaluate  # noqa: E402
 
 BASELINES = {"CAR-FT": "FT", "CaRot": "FLYP", "ARF": "FLYP"}
 
@@ -44,35 +53,40 @@ ABLATIONS = {
 MEASURES = {"val top-1": ("val", "top1"), "shift top-1": ("shift mean", "top1"),
             "unseen top-1": ("unseen", "top1"), "val ECE": ("val", "ece"),
             "shift ECE": ("shift mean", "ece")}
-SPLITS = 2                              # of the training images, for each trial of a learning rate
+WEIGHTS = ["0.25", "0.5", "0.75"]       # of the tuned model in WiSE-FT's mixtures
+
+# Fixed before any model was tuned on them. Images are uint8 (3, 32, 32).
+CORRUPTIONS = {
+    "noise": lambda x: (x + 25 * torch.randn(x.shape)).clamp(0, 255).byte(),
+    "blur": partial(F.gaussian_blur, kernel_size=[5, 5], sigma=[1.0, 1.0]),
+    "contrast": partial(F.adjust_contrast, contrast_factor=0.3),
+    "brightness": partial(F.adjust_brightness, brightness_factor=0.4),
+    "jpeg": partial(F.jpeg, quality=15),
+    "pixelate": lambda x: F.resize(F.resize(x, [14, 14]), [32, 32], InterpolationMode.NEAREST),
+    "grey": partial(F.rgb_to_grayscale, num_output_channels=3)}
 
 # ---- runs ----------------------------------------------------------------------------------------
 def results_of(folder):
     file = Path(folder, "results.json")
     return json.loads(file.read_text()) if file.is_file() else {}
 
-def folder_of(args, name, command):
-    """--out/<name>, which must be new or of the same command, a list of strings."""
-    out = Path(args.out, name.replace(" ", "_").replace("/", "_"))
+def run(args, name, command):
+    """Run [script, flag, ...] in --out/<name>, unless that is finished; its results.json."""
+    out = Path(args.out, name.replace(" ", "_"))
     if not out.is_dir():
         out.mkdir(parents=True)
         (out / "command.json").write_text(json.dumps(command))
     if json.loads((out / "command.json").read_text()) != command:
         sys.exit(f"error: {out} holds a run of another command; give another --out, or remove it")
-    return str(out)
-
-def run(args, name, command):
-    """Run [script, flag, ...] in --out/<name>, unless that is finished; its results.json."""
-    out = folder_of(args, name, command)
-    if "sets" not in results_of(out):
+    if set(results_of(out)) <= {"zero_shot"}:               # nothing, or a run's beginning
         script, changes = command[0], [c for c in command if " = " in c]
         code = "; ".join([f"import sys, {script}", *changes, f"{script}.main(sys.argv[1:])"])
         flags = [c for c in command[1:] if c not in changes]
-        done = subprocess.run([sys.executable, "-c", code, *flags, "--out", out], cwd=REPO,
+        done = subprocess.run([sys.executable, "-c", code, *flags, "--out", str(out)], cwd=REPO,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
         if done.returncode:
             sys.exit(f"error: {name} failed: {done.stderr.decode()[-2000:]}")
-        Path(out, "last.pt").unlink(missing_ok=True)        # the largest file, of no more use
+        (out / "last.pt").unlink(missing_ok=True)           # the largest file, of no more use
         print(f"  {name}", file=sys.stderr)
     return results_of(out)
 
@@ -81,18 +95,10 @@ def run_all(args, commands):
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         return dict(zip(commands, pool.map(partial(run, args), commands, commands.values())))
 
-def train_alone(args, root):
-    """A ROOT with the training folder of `root` and no val, so that the scripts hold images out."""
-    alone = Path(args.out, "train_alone")
-    if not alone.is_dir():
-        alone.mkdir(parents=True)
-        (alone / "train").symlink_to(Path(root, "train").resolve())
-    return str(alone)
-
-# ---- tables --------------------------------------------------------------------------------------
 def score(results, name, measure):
     return (results["shift_mean"] if name == "shift mean" else results["sets"][name])[measure]
 
+# ---- tables --------------------------------------------------------------------------------------
 def cell(values, form=".1f"):
     """Mean ± standard deviation of fractions, as text in percent."""
     error = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
@@ -103,14 +109,17 @@ def markdown(head, rows):
     for name, cells in rows.items():
         print(f"| {name} | " + " | ".join(cells) + " |")
 
-def claims(rows, pairs):
-    """Print differences by seed. rows: {method: {measure: array of values by seed}}."""
-    print("\nDifferences by seed:")
-    for a, b, measure in pairs:
-        d = rows[a][measure] - rows[b][measure]
-        better = (d < 0).sum() if measure.lower().endswith("ece") else (d > 0).sum()
-        print(f"{a + ' over ' + b:<36}{measure:<16}{cell(d, '+6.1f')}   "
-              f"better in {better} of {len(d)} seeds")
+def claims(rows, measures):
+    """Print the papers' claims, differences by seed. rows: {method: {measure: values by seed}}."""
+    print("\nDifferences by seed:\n")
+    shown = {}
+    for a, b in BASELINES.items():
+        for measure in measures:
+            d = rows[a][measure] - rows[b][measure]
+            better = (d < 0).sum() if measure.lower().endswith("ece") else (d > 0).sum()
+            shown.setdefault(f"{a} over {b}", []).append(
+                f"{cell(d, '+.1f')}, better in {better} of {len(d)}")
+    markdown(measures, shown)
 
 def toy_runs(args, commands):
     """{method: {measure: array of values by seed}} of {method: (script, flag, ...)} on the toy."""
@@ -125,9 +134,7 @@ def toy_runs(args, commands):
 def toy(args):
     rows = toy_runs(args, METHODS)
     markdown(MEASURES, {m: map(cell, row.values()) for m, row in rows.items()})
-    claims(rows, [("CAR-FT", "FT", "shift top-1"), ("CaRot", "FLYP", "shift top-1"),
-                  ("CaRot", "FLYP", "shift ECE"), ("ARF", "FLYP", "shift top-1"),
-                  ("ARF", "FLYP", "unseen top-1")])
+    claims(rows, MEASURES)
 
 def ablations(args):
     """Below each method what one change adds to it, by seed."""
@@ -141,101 +148,127 @@ def ablations(args):
             for k in MEASURES]
     markdown(MEASURES, shown)
 
-def recipe(args):
-    """Top-1 of FT and FLYP by learning rate on a fifth of the training images, held out. No val, no
-    shift and no robust method takes part."""
-    the_toy.build()
-    shared, rates = the_toy.defaults(), ("3e-5", "1e-4", "3e-4", "1e-3")
-    flags = ["--data", train_alone(args, shared["data"]), "--workers", "0"]
-    for flag in ("model", "epochs", "batch-size", "warmup"):
-        flags += [f"--{flag}", str(shared[flag.replace("-", "_")])]
-    found = run_all(args, {f"recipe-{m}-{lr}": [*METHODS[m], *flags, "--lr", lr]
-                           for m in ("FT", "FLYP") for lr in rates})
-    for row in (["FT"], ["FLYP"], ["FT", "FLYP"]):
-        top1 = {lr: np.mean([score(found[f"recipe-{m}-{lr}"], "val", "top1") for m in row])
-                for lr in rates}
-        best, n = max(top1.values()), score(found[f"recipe-FT-{rates[0]}"], "val", "n")
-        error = (best * (1 - best) / n) ** 0.5              # both models see the same n images
-        print(f"{' and '.join(row):<12}", *(f"{lr}: {100 * t:.2f}  " for lr, t in top1.items()),
-              f"standard error {100 * error:.2f}; the smallest rate within it of the best:",
-              next(lr for lr, t in top1.items() if t >= best - error))
-
-def pacs(args):
-    steps = args.epochs * sum(len(f) for *_, f in os.walk(Path(args.root, "train"))) // 64
+def root(args):
+    steps = args.epochs * sum(len(f) for *_, f in os.walk(f"{args.root}/train", followlinks=True))
+    steps, seeds = steps // 64, range(args.seeds)
     own = {"CaRot": ["--ema-every", str(steps // 50)], "ARF": ["--pool", args.pool]}
-
-    def command(m, lr, seed, data):
-        return [*METHODS[m], *own.get(m, []), "--model", args.model, "--batch-size", "64",
-                "--epochs", str(args.epochs), "--workers", "0", "--warmup", str(steps // 10),
-                "--save-every", "100000", "--data", data, "--lr", lr, "--seed", str(seed)]
-    chosen = dict.fromkeys(METHODS, args.rates[0])
-    if len(args.rates) > 1:
-        trials = run_all(args, {
-            f"trial-{m}-{lr}-{s}": command(m, lr, s, train_alone(args, args.root))
-            for s in range(SPLITS) for lr in args.rates for m in METHODS})
-        print(f"Top-1 on training images held out, mean of {SPLITS} splits; of equals the first:\n")
-        shown = {}
-        for m in METHODS:
-            held = {lr: np.mean([score(trials[f"trial-{m}-{lr}-{s}"], "val", "top1")
-                                        for s in range(SPLITS)]) for lr in args.rates}
-            chosen[m] = max(held, key=lambda lr: round(held[lr], 9))
-            shown[m] = [f"{100 * t:.1f}" if lr != chosen[m] else f"**{100 * t:.1f}**"
-                        for lr, t in held.items()]
-        markdown(args.rates, shown)
-
-    # every method at every rate that one chose; compared at each of these, and each at its own
-    rates, seeds = [lr for lr in args.rates if lr in chosen.values()], range(args.seeds)
-    final = {f"{m} at {lr}": (m, lr) for lr in rates for m in METHODS}
-    commands = {f"{name}-{s}": command(*final[name], s, args.root) for s in seeds for name in final}
+    methods = [m for m in METHODS if m != "ARF" or args.pool]
+    shared = ["--data", args.root, "--workers", "0"]
+    commands = {f"{m} at {args.lr}-{s}": [
+        *METHODS[m], *own.get(m, []), "--model", args.model, "--batch-size", "64", "--epochs",
+        str(args.epochs), "--workers", "0", "--warmup", str(steps // 10), "--save-every", "100000",
+        "--data", args.root, "--lr", args.lr, "--seed", str(s)] for s in seeds for m in methods}
     results = run_all(args, commands)
-    zero_shot = results[f"FT at {rates[0]}-0"]["zero_shot"]
+    zero_shot = next(iter(results.values()))["zero_shot"]
     sets = [*zero_shot["sets"], "shift mean"]
-    new = [n for n, r in zero_shot["sets"].items() if r["head"] == "zero-shot"]
-    print(f"\n{args.seeds} seeds; classes of {', '.join(new)} not trained on")
-    rows = {name: {f"{k} {m}": np.array([score(results[f"{name}-{s}"], k, m) for s in seeds])
-                   for m in ("top1", "ece") for k in sets} for name in final}
-    for measure in ("top1", "ece"):
-        print(f"\n{measure}:\n")
-        markdown(sets, {"zero-shot": [cell([score(zero_shot, k, measure)]) for k in sets], **{
-            name: [cell(rows[name][f"{k} {measure}"]) for k in sets] for name in final}})
-    claims(rows, [(f"{a} at {x}", f"{b} at {y}", f"{k} {measure}") for a, b in BASELINES.items()
-                  for x, y in dict.fromkeys([*zip(rates, rates), (chosen[a], chosen[b])])
-                  for measure in ("top1", "ece") for k in ("val", "shift mean", *new)])
+    rows = {m: {f"{k} {x}": np.array([score(results[f"{m} at {args.lr}-{s}"], k, x) for s in seeds])
+                for x in ("top1", "ece") for k in sets} for m in methods}
+    for x in ("top1", "ece"):
+        print(f"\n{x}, {args.seeds} seeds:\n")
+        markdown(sets, {"zero-shot": [cell([score(zero_shot, k, x)]) for k in sets],
+                        **{m: [cell(rows[m][f"{k} {x}"]) for k in sets] for m in methods}})
+    new = [k for k, r in zero_shot["sets"].items() if r["head"] == "zero-shot"]
+    claims(rows, [f"{k} {x}" for k in ("val", "shift mean", *new) for x in ("top1", "ece")])
 
     print("\nWiSE-FT, top-1 on val / shift mean / the others, by weight of the tuned model\n")
-    weights, curves = ("0.25", "0.5", "0.75"), {}
-    for m in METHODS:
-        names = [f"{m} at {chosen[m]}-{s}" for s in seeds]
-        wise = ["evaluate.py", "--data", args.root, "--workers", "0", "--wise", *weights, "--model",
-                *(folder_of(args, name, commands[name]) for name in names)]
-        out = folder_of(args, f"wise-{m}", [*wise, *(c for n in names for c in commands[n])])
-        if not results_of(out):
-            subprocess.run([sys.executable, *wise, "--out", out], cwd=REPO, check=True,
-                           capture_output=True)
-        mixed = results_of(out).values()
-        points = [[zero_shot], *([c for c in mixed if c["alpha"] == float(w)] for w in weights),
-                  [results[name] for name in names]]
-        curves[f"{m} at {chosen[m]}"] = [
-            " / ".join(f"{100 * np.mean([score(r, k, 'top1') for r in point]):.1f}"
-                       for k in ("val", "shift mean", *new)) for point in points]
-    markdown(["0", *weights, "1"], curves)
+    curves = {}                                             # {method: [results by seed] by weight}
+    for m in methods:
+        runs = [f"{args.out}/{m}_at_{args.lr}-{s}" for s in seeds]
+        mixed = run(args, f"wise-{m}-{args.seeds}",
+                    ["evaluate", *shared, "--wise", *WEIGHTS, "--model", *runs]).values()
+        curves[m] = [[zero_shot], *([r for r in mixed if r["alpha"] == float(w)] for w in WEIGHTS),
+                     [results[f"{m} at {args.lr}-{s}"] for s in seeds]]
+    markdown(["0", *WEIGHTS, "1"], {m: [" / ".join(
+        f"{100 * np.mean([score(r, k, 'top1') for r in point]):.1f}" for k in (
+            "val", "shift mean", *new)) for point in curves[m]] for m in curves})
+    if args.figures:
+        draw(args, curves)
+
+# ---- a world, and pictures -----------------------------------------------------------------------
+def corrupt(args):
+    """ROOT: train and val are links to a set's train and test, --unseen a link, each shift a copy
+    of val with one of CORRUPTIONS."""
+    targets = {"train": f"{args.cifar}/train", "val": f"{args.cifar}/test", "unseen": args.unseen}
+    for name, target in targets.items():
+        if target and not Path(args.root, name).exists():
+            Path(args.root).mkdir(parents=True, exist_ok=True)
+            Path(args.root, name).symlink_to(os.path.abspath(target))
+    for i, file in enumerate(sorted(Path(args.cifar, "test").glob("*/*"))):
+        for name, change in CORRUPTIONS.items():
+            torch.manual_seed(i)
+            Path(args.root, name, file.parent.name).mkdir(parents=True, exist_ok=True)
+            x = change(decode_image(str(file)))
+            write_png(x, f"{args.root}/{name}/{file.parent.name}/{file.stem}.png")
+
+def draw(args, curves):
+    """Write --figures/robustness.png, WiSE-FT's curves and the shifts' ECE, and reliability.png,
+    of FLYP and CaRot on the first shift, seed 0."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    colours = dict(zip(METHODS, ("#666666", "#0072b2", "#e69f00", "#009e73", "#cc79a7")))
+
+    def stat(point, name, measure):
+        """Mean and standard error over seeds, in percent."""
+        values = [100 * score(r, name, measure) for r in point]
+        return np.mean(values), np.std(values) / max(1, len(values) - 1) ** 0.5
+    Path(args.figures).mkdir(parents=True, exist_ok=True)
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[3, 2],
+                                         layout="constrained")
+    zero_shot = next(iter(curves.values()))[0]
+    for m, points in curves.items():
+        x, y = ([stat(point, name, "top1") for point in points] for name in ("val", "shift mean"))
+        left.plot(*([mean for mean, _ in axis] for axis in (x, y)), "o-", markersize=4,
+                  color=colours[m])
+        left.errorbar(x[-1][0], y[-1][0], y[-1][1], x[-1][1], capsize=3, color=colours[m])
+        left.annotate(m, (x[-1][0], y[-1][0]), (7, -4), textcoords="offset points",
+                      color=colours[m], weight="bold")
+        right.barh(m, *stat(points[-1], "shift mean", "ece")[:1], color=colours[m],
+                   xerr=stat(points[-1], "shift mean", "ece")[1], capsize=3)
+    corner = stat(zero_shot, "val", "top1")[0], stat(zero_shot, "shift mean", "top1")[0]
+    left.plot(*corner, "k*", markersize=14)
+    left.annotate("zero-shot", corner, (10, 0), textcoords="offset points")
+    left.set(xlabel="top-1 on val (%)", ylabel="top-1, mean of the shifts (%)",
+             title="mixing tuned and untuned weights (WiSE-FT)")
+    left.margins(x=0.12)
+    right.barh("zero-shot", stat(zero_shot, "shift mean", "ece")[0], color="black")
+    right.invert_yaxis()
+    right.set(xlabel="ECE, mean of the shifts (%)", title="calibration, lower is better")
+    figure.savefig(f"{args.figures}/robustness.png", dpi=100)
+
+    runs = [f"{args.out}/{m}_at_{args.lr}-0" for m in ("FLYP", "CaRot")]
+    predictions = f"{args.out}/predictions"
+    run(args, "predict", ["evaluate", "--data", args.root, "--workers", "0", "--predictions",
+                          predictions, "--model", *runs])
+    shift = next(k for k, r in zero_shot[0]["sets"].items() if k not in ("val", "test") and
+                 r["head"] != "zero-shot")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 4), sharey=True, layout="constrained")
+    for axis, m, out in zip(axes, ("FLYP", "CaRot"), runs):
+        found = np.load(f"{predictions}/{evaluate.filename(out)}/{shift}.npz")
+        correct = found["prediction"] == found["label"]
+        evaluate.reliability(axis, found["confidence"], correct, f"{m} on {shift}")
+    axes[1].set_ylabel("")
+    figure.savefig(f"{args.figures}/reliability.png", dpi=100)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__)
     add = parser.add_argument
-    add("what", choices=["toy", "ablations", "recipe", "pacs"])
+    add("what", choices=["toy", "ablations", "root", "corrupt"])
     add("--seeds", type=int, default=5, help="two at least, for a standard deviation")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     add("--out", help="where runs are kept (out/evidence/WHAT; toy and ablations share theirs)")
-    add("--root", type=os.path.abspath, help="pacs: the ROOT")
-    add("--model", help="pacs: the CLIP, local-dir:PATH")
-    add("--pool", type=os.path.abspath, help="pacs: image-text pairs for ARF")
-    add("--rates", nargs="+", default=["3e-5", "1e-4", "3e-4", "1e-3", "3e-3"], help="pacs: "
-        "learning rates to choose from, upwards; with a single one there are no trials")
-    add("--epochs", type=int, default=10, help="pacs: passes over the training images")
+    add("--root", type=os.path.abspath, help="the ROOT")
+    add("--model", help="root: the CLIP, local-dir:PATH")
+    add("--pool", type=os.path.abspath, help="root: image-text pairs for ARF (no ARF)")
+    add("--lr", default="3e-4", help="root: of every method (%(default)s)")
+    add("--epochs", type=int, default=10, help="root: passes over the training images")
+    add("--figures", help="root: folder for two pictures")
+    add("--cifar", help="corrupt: what tests/folders.py makes of cifar10")
+    add("--unseen", help="corrupt: an image folder of other classes")
     args = parser.parse_args()
-    if args.seeds < 2 or args.what == "pacs" and not (args.root and args.model and args.pool):
-        parser.error("--seeds is two at least; pacs needs --root, --model and --pool")
+    if args.seeds < 2 or args.what in ("root", "corrupt") and not args.root:
+        parser.error("--seeds is two at least; root and corrupt need --root")
     shared = args.what.replace("ablations", "toy")
     args.out = os.path.abspath(args.out or f"{REPO}/out/evidence/{shared}")
     print(f"{args.what}; mean ± standard deviation in percent; {system()}\n")
