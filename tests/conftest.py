@@ -91,29 +91,27 @@ common.average_gradients = spy
 {script}.main(sys.argv[1:])
 """
 
-def assert_processes_are_one(script, root, model, tmp_path, *flags, most=2):
-    """Two processes of torchrun, and with most=3 also four with --accum 2, have the first step's
-    gradients, the losses and the table of one process at the same global batch."""
-    first, grads = f"{tmp_path}/out1", {}
-    for n in (1, 2, 4)[:most]:
+def assert_processes_are_one(script, root, model, tmp_path, *flags, two=()):
+    """Two processes of torchrun, with the flags `two`, have the first step's gradients, the losses
+    and the table of one process at the same global batch."""
+    grads = []
+    for n, more in ((1, ()), (2, two)):
         code, file, out = tmp_path / f"spy{n}.py", f"{tmp_path}/grads{n}", f"{tmp_path}/out{n}"
         code.write_text(SPY.format(repo=REPO, file=file, script=script))
         command = [*(torchrun(n) if n > 1 else [sys.executable]), str(code), "--data", root,
-                   "--model", model, "--out", out, "--max-steps", "5", *BASE, *flags]
-        subprocess.run([*command, *["--accum", "2"] * (n == 4)], env=environment(), check=True)
-        grads[n] = torch.load(file, weights_only=True)
-        whole = torch.stack([g.norm() for g in grads[1]]).norm()
-        for one, other in zip(grads[1], grads[n], strict=True):
-            assert (one - other).norm() <= 1e-5 * (one.norm() + 1e-3 * whole)
-        for a, b in zip(log(first) + log(first, True), log(out) + log(out, True), strict=True):
-            assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
-        ours = common.read_json(f"{out}/results.json")["sets"]
-        for name, s in common.read_json(f"{first}/results.json")["sets"].items():
-            assert s["n"] == ours[name]["n"] and abs(s["top1"] - ours[name]["top1"]) <= 0.005
-            assert s["nll"] == pytest.approx(ours[name]["nll"], rel=1e-3)
-
-class Cut(Exception):
-    """Stands for a kill."""
+                   "--model", model, "--out", out, "--max-steps", "5", *BASE, *flags, *more]
+        subprocess.run(command, env=environment(), check=True)
+        grads.append(torch.load(file, weights_only=True))
+    whole = torch.stack([g.norm() for g in grads[0]]).norm()
+    for one, other in zip(*grads, strict=True):
+        assert (one - other).norm() <= 1e-5 * (one.norm() + 1e-3 * whole)
+    first, second = tmp_path / "out1", tmp_path / "out2"
+    for a, b in zip(log(first) + log(first, True), log(second) + log(second, True), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+    ours = common.read_json(second / "results.json")["sets"]
+    for name, s in common.read_json(first / "results.json")["sets"].items():
+        assert s["n"] == ours[name]["n"] and abs(s["top1"] - ours[name]["top1"]) <= 0.005
+        assert s["nll"] == pytest.approx(ours[name]["nll"], rel=1e-3)
 
 def assert_same_run(a, b, *exports):
     """Two runs have the same losses, scores of each epoch, results and exported weights."""
@@ -122,20 +120,6 @@ def assert_same_run(a, b, *exports):
     for which in ("model", *exports):
         x, y = weights(a, which), weights(b, which)
         assert all(torch.equal(x[k], y[k]) for k in x)
-
-def assert_continues_to_the_same_bytes(script, root, model, tmp_path, patch, *flags, exports=()):
-    """A run cut in step 5, past the checkpoint of step 3, and started again is the one not cut."""
-    run(script, root, model, tmp_path / "whole", *flags, steps=7)
-    lr, saves = script.cosine_lr, [*flags, "--save-every", "3"]
-    def cut(step, *schedule):
-        if step == 5:
-            raise Cut
-        return lr(step, *schedule)
-    with patch.context() as p, pytest.raises(Cut):
-        p.setattr(script, "cosine_lr", cut)
-        run(script, root, model, tmp_path / "cut", *saves, steps=7)
-    run(script, root, model, tmp_path / "cut", *saves, "--workers", "1", steps=7)
-    assert_same_run(tmp_path / "whole", tmp_path / "cut", *exports)
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):

@@ -3,6 +3,7 @@
 
     python tests/folders.py cifar10 SETS/cifar10
     python tests/pretrain.py --pacs PACS --cifar SETS/cifar10 --out OUT
+    python evaluate.py --data OUT/root --model local-dir:OUT/clip           # what it knows
     python calft.py --data OUT/root --model local-dir:OUT/clip --batch-size 64 --lr 3e-4 --warmup 20
     python anchor.py --pool OUT/pool.tsv ...                      # the same flags
 
@@ -22,7 +23,6 @@ import math
 import os
 import shutil
 import sys
-import time
 
 import numpy as np
 import open_clip
@@ -67,26 +67,21 @@ def divide(images, rng, held=10**9, seen=10**9):
     """Two parts of a set, at random: a fifth of each class, but at most `held`, and at most `seen`
     of the others."""
     parts = [], []
-    for k, c in enumerate(images.classes):
+    for k in range(len(images.classes)):
         rows = rng.permutation(np.flatnonzero(images.labels == k))
-        if len(rows) < 2:
-            sys.exit(f"error: {images.name} has one image of class {c}, and two are needed")
         n = min(held, math.ceil(len(rows) / 5))
         parts[0].append(rows[:n])
         parts[1].append(rows[n:n + seen])
     return [images.take(np.sort(np.concatenate(part)), images.name) for part in parts]
 
 def link(images, folder):
-    """Make folder/<class>/* links to the images, copies where there can be none; their names."""
+    """Make folder/<class>/* links to the images; their names."""
     sources = [os.fsdecode(path) for path in images.paths]
     names = ["/".join(source.split(os.sep)[-2:]) for source in sources]
     for source, name in zip(sources, names):
         target = os.path.join(folder, name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        try:
-            os.symlink(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
+        os.symlink(source, target)
     return names
 
 def in_memory(images):
@@ -158,7 +153,7 @@ def main(argv=None):
     add("--steps", type=common.positive_int, default=1843, help="of pretraining (%(default)s)")
     add("--batch-size", type=common.number_type(int, 2), default=192, help="(%(default)s)")
     add("--seed", type=common.natural, default=0, help="of all randomness (%(default)s)")
-    args, began = parser.parse_args(argv), time.perf_counter()
+    args = parser.parse_args(argv)
     common.setup()
     out = os.path.abspath(args.out)
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
@@ -169,9 +164,6 @@ def main(argv=None):
     domains = {d: read(os.path.join(pacs, d))
                for d in ("photo", "art_painting", "cartoon", "sketch")}
     train, test = (read(os.path.join(cifar, d)) for d in ("train", "test"))
-    for images, other in [(domains[d], domains["photo"]) for d in domains] + [(test, train)]:
-        if images.classes != other.classes:
-            sys.exit(f"error: {images.name} and {other.name} do not have the same class folders")
     rng = np.random.default_rng(args.seed)
     split = {d: divide(images, rng) for d, images in domains.items()}
     pool, rest = divide(train, rng, 500, 1200)
@@ -208,14 +200,7 @@ def main(argv=None):
     weights = os.path.join(partial, "clip", "open_clip_model.safetensors")
     common.write(weights, model.state_dict())
     os.rename(partial, out)
-
-    # what it knows
-    model, _, preprocess, tokenizer = common.load_model(f"local-dir:{out}/clip", "")
-    flags = common.flags("CLIP:", out).parse_args(["--data", f"{out}/root", "--workers", "0"])
-    _, sets = common.read_data(flags)
-    print(common.table({"zero-shot": common.evaluate(model, tokenizer, preprocess, sets, flags)}))
-    seconds = time.perf_counter() - began
-    print(f"{out}: {args.steps} steps on {len(pixels)} images, {seconds:.0f} seconds in all")
+    print(f"{out}: {args.steps} steps on {len(pixels)} images")
 
 if __name__ == "__main__":
     main()

@@ -17,8 +17,7 @@ from torchvision.io import encode_png
 import anchor
 import calft
 import common
-from conftest import (TEXT, assert_continues_to_the_same_bytes, assert_processes_are_one, log, run,
-                      weights)
+from conftest import TEXT, assert_processes_are_one, log, run, weights
 
 def parse(root, *flags):
     args = common.flags("test:", "out").parse_args(["--data", str(root), "--workers", "0", *flags])
@@ -234,14 +233,6 @@ def test_zeros_and_ablations(tiny_root, clip, both, tmp_path):
     for flags, term in ((both[:2], "captions"), (both[2:], "retrieved")):
         run(anchor, tiny_root, clip(), tmp_path / term, *flags, steps=1)
         assert set(log(tmp_path / term)[0]) == {"step", "loss", "lr", "contrastive", term}
-    with pytest.raises(SystemExit, match="^error: .*--captions, --caption-model or --pool"):
-        run(anchor, tiny_root, clip(), tmp_path / "out")
-
-def test_a_cut_run_continues_to_the_same_bytes(tiny_root, clip, both, tmp_path, monkeypatch):
-    """A resume forgets nothing of model, optimiser, anchors, order of images, or val's lines."""
-    assert_continues_to_the_same_bytes(anchor, tiny_root, clip(), tmp_path, monkeypatch, *both)
-    (tmp_path / "cut" / "features.safetensors").write_bytes(b"of another pool")     # not used by:
-    run(anchor, tiny_root, clip(), tmp_path / "cut", *both, "--overwrite", steps=1)
 
 def test_two_processes_are_one(tiny_root, clip, both, tmp_path):
     """Gradients, log and table do not depend on how many processes share a batch."""

@@ -16,12 +16,7 @@ from torch.nn.functional import cross_entropy
 
 import calft
 import common
-import evaluate
-from conftest import (BASE, REPO, SHARED, assert_continues_to_the_same_bytes,
-                      assert_processes_are_one, environment, log, run, weights)
-
-def parse(root, *flags):
-    return common.flags("test:", "out").parse_args(["--data", str(root), "--workers", "0", *flags])
+from conftest import BASE, REPO, assert_processes_are_one, environment, log, run, weights
 
 def test_end_to_end(tiny_root, clip, tmp_path, capsys):
     """A run leaves the files and fields that README promises, or what is built on them breaks."""
@@ -49,10 +44,11 @@ def test_end_to_end(tiny_root, clip, tmp_path, capsys):
 
 def test_training_is_a_plain_loop(tiny_root, clip, tmp_path):
     """Four steps of CaRot by open_clip and stock AdamW are ours, or what we train is not CaRot."""
-    run(calft, tiny_root, clip(), tmp_path, "--ema-every", "2")
+    run(calft, tiny_root, clip(), tmp_path, "--ema-every", "2", "--seed", "3")
     model, _, transform = open_clip.create_model_and_transforms(clip())
     teacher, tokenizer = copy.deepcopy(model.eval()), open_clip.get_tokenizer(clip())
-    args = parse(tiny_root, "--batch-size", "8")
+    flags = ["--data", tiny_root, "--batch-size", "8", "--workers", "0", "--seed", "3"]
+    args = common.flags("test:", "out").parse_args(flags)
     train, _ = common.read_data(args)
     batches = common.train_loader(train, common.load_model(clip(), "")[1], args, 0, 4)
     optimizer, target = torch.optim.AdamW(model.parameters(), weight_decay=0.1), torch.arange(8)
@@ -104,26 +100,14 @@ def test_a_tower_without_projection(tiny_root, clip, tmp_path):
         run(calft, tiny_root, clip("attention-pool"), tmp_path)
     run(calft, tiny_root, clip("attention-pool"), tmp_path, "--oc=0", "--cross-fnorm=0", steps=1)
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_low_precision(tiny_root, clip, tmp_path, precision):
+def test_low_precision(tiny_root, clip, tmp_path):
     """Low precision stays near fp32, and weights stay float32, or small updates are lost."""
-    for how in ("fp32", precision):
+    for how in ("fp32", "bf16", "fp16"):
         run(calft, tiny_root, clip(), tmp_path / how, "--precision", how)
-    for a, b in zip(log(tmp_path / "fp32"), log(tmp_path / precision), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.05) and a["loss"] != b["loss"]
-    assert all(w.dtype == torch.float32 for w in weights(tmp_path / precision).values())
-
-def test_a_cut_run_continues_to_the_same_bytes(tiny_root, clip, tmp_path, monkeypatch):
-    """A resume forgets nothing of model, teacher, optimiser, order of images, or val's lines."""
-    assert_continues_to_the_same_bytes(calft, tiny_root, clip(), tmp_path, monkeypatch,
-                                       "--ema-every", "2", exports=["teacher"])
-
-def test_the_seed_is_the_run(tiny_root, clip, tmp_path):
-    """The same seed gives the same bytes, whatever the workers; another seed is another run."""
-    for out, flags in (("a", []), ("b", ["--workers", "2"]), ("c", ["--seed", "1"])):
-        run(calft, tiny_root, clip(), tmp_path / out, *flags)
-    a, b, c = (weights(tmp_path / out)["visual.proj"] for out in "abc")
-    assert torch.equal(a, b) and not torch.equal(a, c)
+        for a, b in zip(log(tmp_path / "fp32"), log(tmp_path / how), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
+            assert (a["loss"] == b["loss"]) == (how == "fp32")
+        assert all(w.dtype == torch.float32 for w in weights(tmp_path / how).values())
 
 def test_val_is_scored_after_each_epoch(tiny_root, clip, tmp_path):
     """The lines of val speak of that moment's weights, and scoring moves none of them."""
@@ -133,23 +117,11 @@ def test_val_is_scored_after_each_epoch(tiny_root, clip, tmp_path):
         results = run(calft, tiny_root, clip(), out, "--eval-every", every, steps=10)
         val[every], lines[every] = results["sets"]["val"], log(out, epochs=True)
     first, last = lines["1"]
-    assert last == {"step": 9, "val_top1": val["1"]["top1"], "val_ece": val["1"]["ece"]}
+    closing = {"step": 9, "val_top1": val["1"]["top1"], "val_ece": val["1"]["ece"]}
+    assert last == pytest.approx(closing, rel=1e-6)
     assert first["step"] == 4 and first["val_ece"] != last["val_ece"]
     assert lines["2"] == [last] and lines["0"] == []
     assert val["0"] == val["1"] == val["2"]
-
-def test_evaluate_gives_the_same_table(tiny_root, clip, tmp_path):
-    """What a script reports is what evaluate.py reports of its model, whatever the batch."""
-    results = run(calft, tiny_root, clip(), tmp_path / "out")
-    flags = ["--data", tiny_root, "--out", f"{tmp_path}/eval", "--workers", "0", "--batch-size"]
-    for batch in ("3", "64"):
-        evaluate.main([*flags, batch, "--model", clip(), f"local-dir:{tmp_path}/out/model"])
-        columns = common.read_json(f"{tmp_path}/eval/results.json").values()
-        for ours, theirs in zip(columns, (results["zero_shot"], results), strict=True):
-            for name, s in ours["sets"].items():
-                expected = dict(theirs["sets"][name])
-                assert s.pop("head") == expected.pop("head")
-                assert s == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 def test_scores_of_subsets_and_unseen_classes(tiny_root, clip, tmp_path):
     """By open_clip alone: `few` by its three classes, `other` by a zero-shot head of its own."""
@@ -163,7 +135,7 @@ def test_scores_of_subsets_and_unseen_classes(tiny_root, clip, tmp_path):
         x = torch.stack([transform(Image.open(file)) for file in files])
         S = (model.logit_scale.exp() * model.encode_image(x, normalize=True) @ W).detach()
         expected = float(cross_entropy(S, torch.arange(3).repeat_interleave(3)))
-        assert results[folder]["nll"] == pytest.approx(expected, rel=0.01)
+        assert results[folder]["nll"] == pytest.approx(expected, rel=1e-4)
 
 def test_two_files_copied_alone_run(tiny_root, clip, tmp_path):
     """calft.py and common.py are a whole project; without tests/ they ask for --data."""
@@ -177,25 +149,7 @@ def test_two_files_copied_alone_run(tiny_root, clip, tmp_path):
     done = subprocess.run(command, **how)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "--data" in done.stderr
 
-@pytest.mark.parametrize("kind, most", [("vit", 3), ("resnet", 2)])
-def test_two_processes_are_one(tiny_root, clip, tmp_path, kind, most):
-    """Gradients, log and table do not depend on how many processes share a batch."""
-    assert_processes_are_one("calft", tiny_root, clip(kind), tmp_path, "--ema-every=2", most=most)
-
-@pytest.mark.skipif(not os.path.isdir(f"{SHARED}/imagenet-sample"), reason="no ../shared/data here")
-def test_imagenet_layout_with_real_photographs(tmp_path):
-    """1000 wnids get OpenAI's names, V2's digits their index, or ImageNet's scores are noise."""
-    sample, wnids = f"{SHARED}/imagenet-sample", sorted(os.listdir(f"{SHARED}/imagenet-sample"))
-    (tmp_path / "v2").mkdir()
-    for folder in ("train", "val"):
-        os.symlink(sample, tmp_path / folder)
-    for k, wnid in enumerate(wnids):
-        os.symlink(f"{sample}/{wnid}", tmp_path / "v2" / str(k))
-    train, (_, v2) = common.read_data(parse(tmp_path))
-    assert train.classes == wnids and train.classnames == list(open_clip.IMAGENET_CLASSNAMES)
-    assert len(v2) == 1000
-    for i, k in enumerate(v2.labels):
-        file = os.path.realpath(os.fsdecode(v2.paths[i]))
-        assert [wnids[c] for c in v2.columns[k]] == [file.split("/")[-2]]
-    model, *_, tokenizer = common.load_model("ViT-B-32", "")
-    assert [W.shape for W in calft.projections(model)] == [(768, 512), (512, 512)]
+def test_two_processes_are_one(tiny_root, clip, tmp_path):
+    """Gradients, log and table do not depend on how many processes or parts share a batch."""
+    assert_processes_are_one("calft", tiny_root, clip(), tmp_path, "--ema-every=2",
+                             two=["--accum=2"])

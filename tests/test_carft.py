@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: MIT
 """carft.py: its heads and its divergence by naive ways, its run against a plain loop."""
-import os
 from collections import Counter
 
 import open_clip
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 
 import carft
 import common
-from conftest import assert_continues_to_the_same_bytes, assert_processes_are_one, log, run, weights
+from conftest import assert_processes_are_one, log, run, weights
 
 def test_the_head_of_contexts_is_a_normalised_mean():
     """W_ctx is the mean over classes; over templates it would be a classifier of classes."""
@@ -94,21 +93,6 @@ def test_a_step_encodes_its_images_once_and_no_text(tiny_root, clip, tmp_path, m
         expected = {("encode_image", True): 5, ("encode_image", False): 5 * int(lam)}
         assert cost[1] - cost[0] == Counter(expected)
     assert all(line["loss"] == line["cross_entropy"] for line in log(tmp_path / "06"))
-
-def test_a_single_template_is_an_error(tiny_root, clip, tmp_path):
-    """With one context p and p0 are 1: plain fine-tuning under the name of CAR-FT."""
-    for folder in ("train", "val"):
-        os.symlink(f"{tiny_root}/{folder}", tmp_path / folder)
-    (tmp_path / "templates.txt").write_text("a photo of a {}.\n")
-    with pytest.raises(SystemExit, match="error: .*single template.*--lam 0"):
-        run(carft, tmp_path, clip(), tmp_path / "out")
-    assert not os.path.exists(tmp_path / "out")
-
-def test_a_cut_run_continues_to_the_same_bytes(tiny_root, clip, tmp_path, monkeypatch):
-    """A resume forgets nothing of tower, head, optimiser, order of images, or val's lines."""
-    assert_continues_to_the_same_bytes(carft, tiny_root, clip(), tmp_path, monkeypatch)
-    a, b = (load_file(tmp_path / out / "head.safetensors")["W_cls"] for out in ("whole", "cut"))
-    assert torch.equal(a, b)
 
 def test_two_processes_are_one(tiny_root, clip, tmp_path):
     """Gradients, log and table do not depend on how many processes share a batch."""

@@ -30,14 +30,6 @@ def assert_same_scores(ours, theirs):
         a, b = ({**scores, "head": 0, "skipped": 0} for scores in (s, other))
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6) and s["head"] == other["head"]
 
-@pytest.mark.parametrize("scale", [1.0, 4.0, 0.2])
-def test_fit_temperature_recovers_the_true_one(scale):
-    """Labels are drawn from softmax(z), so logits of scale * z have that temperature."""
-    g = torch.Generator().manual_seed(0)
-    z = torch.randn(40000, 5, generator=g) * 2
-    labels = torch.multinomial(z.softmax(1), 1, generator=g).squeeze(1)
-    assert evaluate.fit_temperature(scale * z, labels) == pytest.approx(scale, rel=0.03)
-
 def test_fit_temperature_is_the_best_of_a_fine_grid():
     """It minimises the NLL where it can, and does no harm where there is nothing to fit."""
     g = torch.Generator().manual_seed(1)
@@ -77,7 +69,7 @@ def test_wise_interpolates_weights_and_head(tiny_root, clip, tmp_path, script):
     """0 is the zero-shot model, 1 the tuned one, 0.5 the weights mixed by hand; plots show them."""
     tuned, folder = run(script, tiny_root, clip(), tmp_path / "run"), f"{tmp_path}/run"
     flags = ["--model", folder, "--wise", "0", "0.5", "1", "--plot", f"{tmp_path}/plots"]
-    zero, half, one = call(tiny_root, tmp_path / "wise", *flags)
+    zero, half, one = call(tiny_root, tmp_path / "wise", *flags, "--batch-size", "5")
     assert_same_scores(zero, tuned["zero_shot"])
     assert_same_scores(one, tuned)
     base, mixed = (open_clip.create_model(name) for name in (clip(), f"local-dir:{folder}/model"))

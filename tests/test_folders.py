@@ -18,12 +18,9 @@ from timm.data import ImageNetInfo
 from torchvision import datasets
 
 import folders
+from folders import FLAG, PETS, THREE, TWO
 
 NUMBERS = {"train": range(4), "val": range(4, 6), "test": range(6, 9)}
-FLAG = {"train": {"train": True}, "test": {"train": False}}
-TWO = {"train": {"split": "train"}, "test": {"split": "test"}}
-THREE = {**TWO, "val": {"split": "val"}}
-PETS = {**TWO, "train": {"split": "trainval"}}
 CASES = [                                       # a set, its reader, its splits, prompts, names
     ("cifar10", datasets.CIFAR10, FLAG, 18, [f"some {k}" for k in range(10)]),
     ("cifar100", datasets.CIFAR100, FLAG, 18, [f"some {k}" for k in range(100)]),

@@ -82,16 +82,6 @@ def test_open_clip_and_calft_take_it(made, tmp_path):
     results = run(calft, out / "root", f"local-dir:{out}/clip", tmp_path, steps=1)
     assert set(results["sets"]) == {"val", *DRAWN, "cifar10"}
 
-def test_the_same_seed_the_same_bytes_with_links_or_without(raw, made, tmp_path, monkeypatch):
-    """Where links cannot be made the images are copied."""
-    def no_links(*_):
-        raise OSError("no links here")
-    monkeypatch.setattr(os, "symlink", no_links)
-    make(raw, tmp_path)
-    for name in ("clip/open_clip_model.safetensors", "pool.tsv", "heldout.txt"):
-        assert (made[0] / name).read_bytes() == (tmp_path / name).read_bytes()
-    assert originals(tmp_path / "root").isdisjoint(originals(raw))
-
 def test_targets_are_spread():
     """Of four pairs, two alike: their targets are a half each, those of the others one."""
     S, target = torch.randn(4, 4).double(), torch.eye(4).double()

@@ -63,16 +63,11 @@ SIZE = 32
 
 def _shape(kind, x, y):
     """Signed distance (negative inside) of points x, y (n, S, S) from shapes of radius about 1."""
-    r = (x * x + y * y).sqrt()
-    a = torch.atan2(x, -y)
-
-    def box(u, v, w, h):
-        return torch.maximum(u.abs() - w, v.abs() - h)
-
-    def star(points, inner):
-        k = math.pi / points
-        m = (a.remainder(2 * k) - k).abs() / k
-        return r - (inner + (1.08 - inner) * m)
+    def box(w, h):
+        return torch.maximum(x.abs() - w, y.abs() - h)
+    r, fifth = (x * x + y * y).sqrt(), math.pi / 5
+    turn = (torch.atan2(x, -y).remainder(2 * fifth) - fifth).abs() / fifth
+    star = r - (.42 + (1.08 - .42) * turn)
     tri = torch.maximum(y - .62, torch.maximum(.866 * x - .5 * y, -.866 * x - .5 * y) - .52)
     hx, hy = x.abs() * .95, -y * .95 + .35
     half = .5 * (hx + hy).clamp(min=0)
@@ -80,10 +75,10 @@ def _shape(kind, x, y):
     edge = ((hx - half) ** 2 + (hy - half) ** 2).sqrt()
     tip = torch.minimum((hx ** 2 + (hy - 1) ** 2).sqrt(), edge) * (hx - hy).sign()
     heart = torch.where(hx + hy > 1, lobe, tip)
-    cross = torch.minimum(box(x, y, .92, .3), box(x, y, .3, .92))
+    cross = torch.minimum(box(.92, .3), box(.3, .92))
     moon = torch.maximum(r - .95, .72 - ((x - .42) ** 2 + y ** 2).sqrt())
     ring = (r - .66).abs() - .27
-    every = [r - .85, box(x, y, .74, .74), tri, star(5, .42), heart, cross, ring, moon]
+    every = [r - .85, box(.74, .74), tri, star, heart, cross, ring, moon]
     return torch.stack(every)[kind, torch.arange(len(x))]
 
 def _pattern(kind, x, y, p):
@@ -188,9 +183,8 @@ MODEL_CFG = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}
 PREPROCESS_CFG = {"size": SIZE, "mean": open_clip.OPENAI_DATASET_MEAN,
                   "std": open_clip.OPENAI_DATASET_STD}
 
-def words_in_use():
+def words_in_use(tokenizer):
     """Sorted token numbers of everything that the toy can say."""
-    tokenizer = open_clip.SimpleTokenizer(context_length=32)
     texts = [t for ts in style_templates().values() for t in ts] + CLASSES + ["on a wall"]
     texts += [caption(style, "", c, s, b) for style in STYLES for c in range(len(COLOURS))
               for s in range(len(SIZES)) for b in range(len(BACKGROUNDS))]
@@ -233,8 +227,8 @@ def pretrain(steps=2000, batch=256, lr=1e-3, images=60000, seed=0):
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
     weights = model.state_dict()
-    weights["token_embedding.rows"] = words_in_use()
-    weights["token_embedding.weight"] = weights["token_embedding.weight"][words_in_use()]
+    rows = weights["token_embedding.rows"] = words_in_use(tokenizer)
+    weights["token_embedding.weight"] = weights["token_embedding.weight"][rows]
     save_file({k: v.half() if v.is_floating_point() else v for k, v in weights.items()}, WEIGHTS)
 
 def _clip():
@@ -276,34 +270,29 @@ def _write(folder):
     bar = tqdm(total=total, desc="drawing the toy", unit="image", disable=common.RANK > 0)
 
     def write(where, names, style, classes, seed, tie):
-        """Draw images of these classes as where/<names[i]>; their captions."""
-        g, captions = torch.Generator().manual_seed(seed), []
+        """Draw images of these classes as where/<names[i]>; lines of their names and captions."""
+        g, lines = torch.Generator().manual_seed(seed), []
         for i in range(0, len(classes), CHUNK):
             part = classes[i:i + CHUNK]
             images, facts = sample(len(part), style, part, g, tie)
-            for name, image in zip(names[i:i + CHUNK], images):
+            for name, image, fact in zip(names[i:i + CHUNK], images, facts):
                 os.makedirs(os.path.dirname(f"{where}/{name}"), exist_ok=True)
                 torchvision.io.write_png(image, f"{where}/{name}")
-            captions += [caption(*fact) for fact in facts]
+                lines.append(f"{name}\t{caption(*fact)}\n")
             bar.update(len(part))
-        return captions
-
-    def table(file, names, texts):
-        lines = [f"{name}\t{text}\n" for name, text in zip(names, texts)]
-        Path(file).write_text("path\ttext\n" + "".join(lines), encoding="utf-8")
+        return lines
     for seed, (part, (style, names, count, tie)) in enumerate(SETS.items(), 1):
         classes = torch.tensor([CLASSES.index(c) for c in names]).repeat(count)
         files = [f"{part}/{CLASSES[c].replace(' ', '_')}/{i:05d}.png"
                  for i, c in enumerate(classes.tolist())]
-        captions = write(f"{folder}/root", files, style, classes, seed, tie)
+        lines = write(f"{folder}/root", files, style, classes, seed, tie)
         if part == "train":
-            table(f"{folder}/root/captions.tsv", files, captions)
-    files, captions, classes = [], [], torch.arange(POOL // len(STYLES)) % len(CLASSES)
-    for k, style in enumerate(STYLES):
+            Path(folder, "root", "captions.tsv").write_text("path\ttext\n" + "".join(lines))
+    lines, classes = ["path\ttext\n"], torch.arange(POOL // len(STYLES)) % len(CLASSES)
+    for seed, style in enumerate(STYLES, 100):
         names = [f"images/{style}{i:05d}.png" for i in range(len(classes))]
-        files += names
-        captions += write(f"{folder}/pool", names, style, classes, 100 + k, 0.0)
-    table(f"{folder}/pool/pool.tsv", files, captions)
+        lines += write(f"{folder}/pool", names, style, classes, seed, 0.0)
+    Path(folder, "pool", "pool.tsv").write_text("".join(lines))
     bar.close()
     os.makedirs(f"{folder}/clip")
     save_file(_clip().state_dict(), f"{folder}/clip/open_clip_model.safetensors")
