@@ -236,4 +236,4 @@ def test_zeros_and_ablations(tiny_root, clip, both, tmp_path):
 
 def test_two_processes_are_one(tiny_root, clip, both, tmp_path):
     """Gradients, log and table do not depend on how many processes share a batch."""
-    assert_processes_are_one("anchor", tiny_root, clip(), tmp_path, *both, "--k", "2")
+    assert_processes_are_one(anchor, tiny_root, clip(), tmp_path, *both, "--k", "2")

@@ -96,4 +96,4 @@ def test_a_step_encodes_its_images_once_and_no_text(tiny_root, clip, tmp_path, m
 
 def test_two_processes_are_one(tiny_root, clip, tmp_path):
     """Gradients, log and table do not depend on how many processes share a batch."""
-    assert_processes_are_one("carft", tiny_root, clip(), tmp_path)
+    assert_processes_are_one(carft, tiny_root, clip(), tmp_path)

@@ -304,8 +304,8 @@ def test_export_reloads_in_open_clip_bit_for_bit(tmp_path, clip, kind, custom_te
 
 def test_random_weights_and_a_weights_file(tmp_path):
     """--pretrained takes both, and the model is in eval mode and float32."""
-    model, *_ = common.load_model("RN50", "", "cpu")
+    model, *_ = common.load_model("ViT-S-32-alt", "", "cpu")
     assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
-    torch.save(model.state_dict(), tmp_path / "rn50.pt")
-    again, *_ = common.load_model("RN50", str(tmp_path / "rn50.pt"), "cpu")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    again, *_ = common.load_model("ViT-S-32-alt", str(tmp_path / "weights.pt"), "cpu")
     torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
