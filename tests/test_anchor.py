@@ -105,9 +105,7 @@ def test_bad_pools(tmp_path, file, text, message):
 @pytest.mark.parametrize("old, new, message", [
     ("train/cat/3.png\tone cat number 3 in the garden\n", "", "no caption for 1 images, .*/cat/3"),
     ("cat/3.png", "cat/99.png", "there is no image .*train/cat/99.png"),
-    ("train/cat/3.png", "", "expected path<TAB>caption, found ' one cat number 3"),
-    ("\tone cat number 3", " one cat", "expected path<TAB>caption, found 'train/cat/3.png one cat"),
-    ("one cat number 3", "one\tcat", "expected path<TAB>caption, found 'train/.* one cat in")])
+    ("\tone cat number 3", " one cat", "expected path<TAB>caption, found 'train/cat/3.png one cat")])
 def test_bad_captions(tiny_root, clip, captions, tmp_path, old, new, message):
     """A file of captions that does not fit is one line that names the fault; nothing is written."""
     text = Path(captions).read_text()
@@ -225,11 +223,13 @@ def test_training_is_a_plain_loop(tiny_root, clip, captions, pool, both, tmp_pat
     assert trained == [8, R] * 4
 
 def test_zeros_and_ablations(tiny_root, clip, both, tmp_path):
-    """Without both weights it is FLYP to the byte; without a file its term is absent."""
+    """Without both weights it is FLYP to the byte, calft.py without its terms and its teacher;
+    without a file its term is absent."""
     run(calft, tiny_root, clip(), tmp_path / "flyp", "--oc=0", "--sd=0", "--cross-fnorm=0")
     run(anchor, tiny_root, clip(), tmp_path / "zero", *both, "--cap=0", "--ret=0")
     a, b = weights(tmp_path / "flyp"), weights(tmp_path / "zero")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(a[k], b[k]) for k in a) and not (tmp_path / "flyp" / "teacher").exists()
+    assert all(line["loss"] == line["contrastive"] for line in log(tmp_path / "flyp"))
     for flags, term in ((both[:2], "captions"), (both[2:], "retrieved")):
         run(anchor, tiny_root, clip(), tmp_path / term, *flags, steps=1)
         assert set(log(tmp_path / term)[0]) == {"step", "loss", "lr", "contrastive", term}

@@ -3,13 +3,13 @@
 
 cars and flowers102 are left out, because their files need scipy.
 """
-import hashlib
 import json
 import pathlib
 import pickle
 import shutil
 import sys
 import types
+import zlib
 
 import numpy as np
 import pytest
@@ -36,40 +36,33 @@ def made(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
-def listed(path):
-    """What torchvision lists of a file."""
-    return path.name, hashlib.md5(path.read_bytes()).hexdigest()
-
 def write_lines(path, lines):
     made(path).write_text("".join(f"{line}\n" for line in lines))
 
 def write_jpegs(base, files):
     """Noise, other pixels in each file."""
     for file in files:
-        seed = int(hashlib.md5(f"{base / file}".encode()).hexdigest()[:8], 16)
+        seed = zlib.crc32(f"{base / file}".encode())
         pixels = np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(made(base / file))
 
-def write_cifar(root, patch, cls, prefix, count):
+def write_cifar(root, cls, labels, count):
     """Two images of each class in each of torchvision's files, pickled as they are distributed."""
-    rng, base, key = np.random.default_rng(0), root / cls.base_folder, f"{prefix}label_names"
-    for split in ("train_list", "test_list"):
-        files = [base / file for file, _ in getattr(cls, split)]
-        for file in files:
-            content = {"data": rng.integers(0, 256, (2 * count, 3072), dtype=np.uint8),
-                       f"{prefix}labels": list(range(count)) * 2}
-            made(file).write_bytes(pickle.dumps(content))
-        patch.setattr(cls, split, [listed(file) for file in files])
-    meta = base / cls.meta["filename"]
-    meta.write_bytes(pickle.dumps({key: [f"some_{k}" for k in range(count)]}))
-    patch.setattr(cls, "meta", {"filename": meta.name, "key": key, "md5": listed(meta)[1]})
+    rng, base = np.random.default_rng(0), root / cls.base_folder
+    for file, _ in [*cls.train_list, *cls.test_list]:
+        content = {"data": rng.integers(0, 256, (2 * count, 3072), dtype=np.uint8),
+                   labels: list(range(count)) * 2}
+        made(base / file).write_bytes(pickle.dumps(content))
+    names = {cls.meta["key"]: [f"some_{k}" for k in range(count)]}
+    (base / cls.meta["filename"]).write_bytes(pickle.dumps(names))
 
 @pytest.fixture
 def sets(tmp_path, monkeypatch):
     """The folder of torchvision's sets, all that folders.py knows."""
     root = tmp_path / "sets"
-    write_cifar(root, monkeypatch, datasets.CIFAR10, "", 10)
-    write_cifar(root, monkeypatch, datasets.CIFAR100, "fine_", 100)
+    monkeypatch.setattr(datasets.cifar, "check_integrity", lambda path, md5: True)
+    write_cifar(root, datasets.CIFAR10, "labels", 10)
+    write_cifar(root, datasets.CIFAR100, "fine_labels", 100)
     food, pets = root / "food-101", root / "oxford-iiit-pet"
     for split, trainval in (("train", "trainval"), ("test", "test")):
         files = {c: [f"{c}/{i}" for i in NUMBERS[split]] for c in ("apple_pie", "waffles")}
@@ -168,7 +161,6 @@ def test_what_is_missing_is_said(sets, tmp_path, monkeypatch):
         food.exists() or shutil.copytree(sets / "food-101", food)))
     run("food101", out)
     assert len(list(out.glob("t*/*/*.jpg"))) == 14
-    assert "cars: ValueError" in error("cars", tmp_path / "cars")
     (sets / "dtd" / "dtd" / "images" / "banded" / "banded_0.jpg").unlink()
     assert "banded_0.jpg" in error("dtd", tmp_path / "dtd", "--download", sets)
     monkeypatch.setattr(folders, "COUNTS", {"eurosat": 27000})
@@ -204,9 +196,5 @@ def test_objectnet(tmp_path):
     files[0].unlink()
     run("objectnet", source, out)
     assert files[0].exists() and files[1].stat().st_mtime_ns == before.st_mtime_ns
-    shutil.rmtree(source / "images")
-    assert "images/bike" in error("objectnet", source, tmp_path / "b")
     write_lines(maps / "objectnet_to_imagenet_1k.json", ['{"Bicycle": "unicycle"}'])
     assert "unicycle" in error("objectnet", source, tmp_path / "b")
-    (maps / "pytorch_to_imagenet_2012_id.json").unlink()
-    assert "pytorch_to_imagenet_2012_id.json" in error("objectnet", source, tmp_path / "b")

@@ -82,14 +82,6 @@ def test_open_clip_and_calft_take_it(made, tmp_path):
     results = run(calft, out / "root", f"local-dir:{out}/clip", tmp_path, steps=1)
     assert set(results["sets"]) == {"val", *DRAWN, "cifar10"}
 
-def test_targets_are_spread():
-    """Of four pairs, two alike: their targets are a half each, those of the others one."""
-    S, target = torch.randn(4, 4).double(), torch.eye(4).double()
-    target[:2, :2] = 0.5
-    wanted = -(target * (S.log_softmax(1) + S.log_softmax(0))).sum() / 8
-    got = pretrain.spread_loss(S, torch.tensor([5, 5, 1, 2]))
-    assert got.item() == pytest.approx(wanted.item(), rel=1e-6)
-
 @pytest.mark.parametrize("flag, value, words", [
     ("--pacs", "CIFAR", "CIFAR/photo is not a folder"), ("--out", "", "is there already"),
     ("--cifar", "PACS", "PACS/train is not a folder"), ("--steps", "0", "at least 1")])

@@ -14,7 +14,6 @@ import carft
 import common
 import evaluate
 import folders
-import toy
 from conftest import REPO, write_images
 from test_anchor import png, write_shard
 
@@ -68,14 +67,13 @@ def test_commands(place, clip, line, tmp_path):
         assert "sets" in common.read_json(tmp_path / "results.json")
 
 def test_all_commands_are_known():
-    """The others are those that install, test, prepare data, or measure."""
-    others = [line for line in LINES if line not in COMMANDS]
-    assert others[0] == "pip install -r requirements.txt && python calft.py"
-    assert others[1].endswith("-r tests/requirements.txt && pytest -q tests")
-    assert len(COMMANDS) >= 12
-    for line in others[2:]:
+    """The others are those that install, test and prepare data."""
+    install, test, *others = [line for line in LINES if line not in COMMANDS]
+    assert install == "pip install -r requirements.txt && python calft.py"
+    assert test.endswith("-r tests/requirements.txt && pytest -q tests") and len(COMMANDS) >= 12
+    for line in others:
         script, name = shlex.split(line)[1:3]
-        assert script == "tests/folders.py" and (name in folders.SETS or name == "objectnet")
+        assert script == "tests/folders.py" and name in [*folders.SETS, "objectnet"]
 
 def test_python(place):
     """What a user pastes into a project loads the model that a run exported."""
@@ -84,12 +82,18 @@ def test_python(place):
 
 def test_the_toys_table(tmp_path, capsys):
     """`python calft.py` prints the table of the README to every digit (float32 on an x86 CPU)."""
-    toy.build()
-    calft.main(["--out", str(tmp_path)])
+    calft.main(["--out", str(tmp_path), "--eval-every", "0"])
     shown = re.search(r"```\n( +zero-shot.*?)```", TEXT, re.DOTALL)[1]
     ours = [line.split() for line in capsys.readouterr().out.splitlines()]
     for line in shown.splitlines():
         assert line.split() in ours, line
+
+@pytest.mark.parametrize("script", [carft, anchor, evaluate])
+def test_scripts_run_without_flags(tmp_path, capsys, script):
+    """A stranger's first command ends with the table, of the toy."""
+    steps = [] if script is evaluate else ["--max-steps", "2"]
+    script.main([*steps, "--out", str(tmp_path)])
+    assert "unseen *" in capsys.readouterr().out
 
 def test_the_page_is_short():
     """220 lines, and each of its links to a file leads somewhere."""

@@ -62,11 +62,6 @@ def test_accum_keeps_activations_of_one_chunk(clip):
         del u
     assert peak[4] < peak[1] / 4
 
-def test_grad_checkpointing_of_a_tower_without(tiny_root, clip, tmp_path):
-    """A flag that does nothing would let a user believe that memory was saved."""
-    with pytest.raises(SystemExit, match="error: .*not support --grad-checkpointing; give --accum"):
-        run(calft, tiny_root, clip("resnet"), tmp_path, "--grad-checkpointing")
-
 def test_compile(tiny_root, clip, tmp_path, monkeypatch):
     """All towers are compiled; losses and names of weights stay. Inductor takes a minute here."""
     compiled, compile = [], torch.nn.Module.compile
