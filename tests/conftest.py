@@ -53,10 +53,13 @@ def write_images(folder, classes, count=3, seed=0, size=(40, 36)):
             pixels = np.array([37 * k, 91 * k, 150 * k]) % 256 + rng.normal(0, 40, (*size, 3))
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(f"{folder}/{c}/{i}.png")
 
+def argv(root, model, out, *flags, steps=4):
+    return ["--data", str(root), "--model", model, "--out", str(out), "--max-steps", str(steps),
+            *BASE, *flags]
+
 def run(script, root, model, out, *flags, steps=4):
     """Run a few steps of a script on a tiny root; its results.json."""
-    script.main(["--data", str(root), "--model", model, "--out", str(out),
-                 "--max-steps", str(steps), *BASE, *flags])
+    script.main(argv(root, model, out, *flags, steps=steps))
     return common.read_json(f"{out}/results.json")
 
 def weights(out, which="model"):
@@ -79,11 +82,11 @@ def torchrun(n):
 
 def assert_processes_are_one(script, root, model, tmp_path, *flags, steps=5):
     """Two processes of torchrun have the gradients, the losses and the table of one process at the
-    same global batch. The command of the two, and where it wrote."""
+    same global batch. The command of the two, whose files are in tmp_path / "two"."""
     run(script, root, model, tmp_path / "one", *flags, steps=steps)
-    command = [*torchrun(2), f"{REPO}/{script.__name__}.py", "--data", root, "--model", model,
-               "--max-steps", str(steps), *BASE, *flags, "--out"]
-    subprocess.run([*command, tmp_path / "two"], env=environment(), check=True)
+    command = [*torchrun(2), f"{REPO}/{script.__name__}.py",
+               *argv(root, model, tmp_path / "two", *flags, steps=steps)]
+    subprocess.run(command, env=environment(), check=True)
     lines, tables, averages = [], [], []
     for out in (tmp_path / "one", tmp_path / "two"):
         lines.append(log(out) + log(out, epochs=True))

@@ -76,12 +76,11 @@ def divide(images, rng, held=10**9, seen=10**9):
 
 def link(images, folder):
     """Make folder/<class>/* links to the images; their names."""
-    sources = [os.fsdecode(path) for path in images.paths]
-    names = ["/".join(source.split(os.sep)[-2:]) for source in sources]
-    for source, name in zip(sources, names):
+    names = ["/".join(os.fsdecode(path).split(os.sep)[-2:]) for path in images.paths]
+    for path, name in zip(images.paths, names):
         target = os.path.join(folder, name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.symlink(source, target)
+        os.symlink(os.fsdecode(path), target)
     return names
 
 def in_memory(images):

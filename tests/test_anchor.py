@@ -105,7 +105,7 @@ def test_bad_pools(tmp_path, file, text, message):
 @pytest.mark.parametrize("old, new, message", [
     ("train/cat/3.png\tone cat number 3 in the garden\n", "", "no caption for 1 images, .*/cat/3"),
     ("cat/3.png", "cat/99.png", "there is no image .*train/cat/99.png"),
-    ("\tone cat number 3", " one cat", "expected path<TAB>caption, found 'train/cat/3.png one cat")])
+    ("\tone cat number 3", " one cat", "expected path<TAB>caption, found 'train/cat/3.png")])
 def test_bad_captions(tiny_root, clip, captions, tmp_path, old, new, message):
     """A file of captions that does not fit is one line that names the fault; nothing is written."""
     text = Path(captions).read_text()
@@ -150,7 +150,7 @@ def test_greedy_captions_token_by_token(tmp_path):
     assert got == [(row + [0] * 12)[:max(map(len, cut))] for row in cut]
 
 def test_captions_of_odd_images(tiny_root, tmp_path):
-    """An unreadable image gets a caption that says nothing; the header may be missing."""
+    """An unreadable image gets a caption that says nothing."""
     shutil.copytree(tiny_root, tmp_path / "root")
     (tmp_path / "root" / "train" / "ant" / "1.png").write_bytes(b"broken")
     name, args, file = write_coca(tmp_path / "coca"), parse(tmp_path / "root"), f"{tmp_path}/c.tsv"
@@ -158,8 +158,6 @@ def test_captions_of_odd_images(tiny_root, tmp_path):
     anchor.write_captions(file, name, images, args)
     first, second = anchor.read_captions(file, images, args.data)
     assert second == ["an image"] != first
-    Path(file).write_text(Path(file).read_text().partition("\n")[2])
-    assert anchor.read_captions(file, images, args.data) == [first, second]
 
 def test_a_caption_model_goes_on_after_a_kill(tiny_root, clip, captions, tmp_path, monkeypatch):
     """Captions are on the disk batch by batch, are never made twice, nor used if another's."""

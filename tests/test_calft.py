@@ -18,7 +18,7 @@ import calft
 import common
 from conftest import BASE, REPO, environment, log, run, weights
 
-def test_end_to_end(tiny_root, clip, tmp_path, capsys):
+def test_end_to_end(tiny_root, clip, tmp_path):
     """A run leaves the files and fields that README promises, or what is built on them breaks."""
     results = run(calft, tiny_root, clip(), tmp_path)
     files = "args.json last.pt log.jsonl model results.json teacher".split()
@@ -38,9 +38,6 @@ def test_end_to_end(tiny_root, clip, tmp_path, capsys):
             terms["self_distillation"] = 1.5
         assert set(line) == {"step", "loss", "lr", *terms} and line["step"] == step
         assert line["loss"] == pytest.approx(sum(w * line[t] for t, w in terms.items()), rel=1e-5)
-    table = capsys.readouterr().out
-    assert all(word in table for word in ("zero-shot", "fine-tuned", "other *", "shift mean"))
-    assert max(map(len, table.splitlines())) <= 100
 
 def test_training_is_a_plain_loop(tiny_root, clip, tmp_path):
     """Four steps of CaRot by open_clip and stock AdamW are ours, or what we train is not CaRot."""
@@ -91,15 +88,6 @@ def test_a_tower_without_projection(tiny_root, clip, tmp_path):
     with pytest.raises(SystemExit, match="error: .*--oc 0 --cross-fnorm 0"):
         run(calft, tiny_root, clip("attention-pool"), tmp_path)
     run(calft, tiny_root, clip("attention-pool"), tmp_path, "--oc=0", "--cross-fnorm=0", steps=1)
-
-def test_low_precision(tiny_root, clip, tmp_path):
-    """Low precision stays near fp32, and weights stay float32, or small updates are lost."""
-    for how in ("fp32", "bf16", "fp16"):
-        run(calft, tiny_root, clip(), tmp_path / how, "--precision", how)
-        for a, b in zip(log(tmp_path / "fp32"), log(tmp_path / how), strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=0.05)
-            assert (a["loss"] == b["loss"]) == (how == "fp32")
-        assert all(w.dtype == torch.float32 for w in weights(tmp_path / how).values())
 
 def test_val_is_scored_after_each_epoch(tiny_root, clip, tmp_path):
     """The lines of val speak of that moment's weights, and scoring moves none of them."""

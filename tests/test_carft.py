@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: MIT
 """carft.py: its heads and its divergence by naive ways, its run against a plain loop."""
-from collections import Counter
-
 import open_clip
 import pytest
 import torch
@@ -27,10 +25,10 @@ def test_context_kl():
     assert torch.autograd.gradcheck(carft.context_kl, (z0, z))
     assert torch.isfinite(carft.context_kl(1000 * z0, -1000 * z0))
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_training_is_a_plain_loop(tiny_root, clip, tmp_path, reverse):
+@pytest.mark.parametrize("lam, reverse", [(2, False), (2, True), (0, False)])
+def test_training_is_a_plain_loop(tiny_root, clip, tmp_path, lam, reverse):
     """Four steps by open_clip and stock AdamW are ours, or what we train is not CAR-FT."""
-    results = run(carft, tiny_root, clip(), tmp_path, "--lam", "2", *["--reverse-kl"] * reverse)
+    results = run(carft, tiny_root, clip(), tmp_path, f"--lam={lam}", *["--reverse-kl"] * reverse)
     model, _, transform = open_clip.create_model_and_transforms(clip())
     untuned, tokenizer = open_clip.create_model(clip()).eval(), open_clip.get_tokenizer(clip())
     flags = ["--data", tiny_root, "--batch-size", "8", "--workers", "0"]
@@ -51,7 +49,7 @@ def test_training_is_a_plain_loop(tiny_root, clip, tmp_path, reverse):
         p, p0 = (tau * u @ W_ctx.T).softmax(1), (tau * u0 @ W_ctx.T).softmax(1).detach()
         if reverse:
             p, p0 = p0, p
-        loss = F.cross_entropy(tau * u @ W_cls.T, y) + 2 * (p0 * (p0 / p).log()).sum(1).mean()
+        loss = F.cross_entropy(tau * u @ W_cls.T, y) + lam * (p0 * (p0 / p).log()).sum(1).mean()
         assert line["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
@@ -75,24 +73,6 @@ def test_the_text_tower_is_not_carried(tiny_root, clip, tmp_path):
     assert set(state) == {"visual", "head", "optimizer", "scaler", "step", "log_bytes"}
     for name, value in weights(tmp_path).items():
         assert torch.equal(value, before.state_dict()[name]) != name.startswith("visual."), name
-
-def test_a_step_encodes_its_images_once_and_no_text(tiny_root, clip, tmp_path, monkeypatch):
-    """A step costs one forward with gradient and one without, which --lam 0 saves."""
-    calls = Counter()
-    for name in ("encode_image", "encode_text"):
-        def spy(*a, name=name, encode=getattr(common, name)):
-            calls[name, torch.is_grad_enabled()] += 1
-            return encode(*a)
-        monkeypatch.setattr(common, name, spy)
-    for lam in "10":
-        cost, flags = [], ["--lam", lam, "--eval-every", "0"]
-        for steps in (1, 6):
-            calls.clear()
-            run(carft, tiny_root, clip(), tmp_path / f"{lam}{steps}", *flags, steps=steps)
-            cost.append(calls.copy())
-        expected = {("encode_image", True): 5, ("encode_image", False): 5 * int(lam)}
-        assert cost[1] - cost[0] == Counter(expected)
-    assert all(line["loss"] == line["cross_entropy"] for line in log(tmp_path / "06"))
 
 def test_two_processes_are_one(tiny_root, clip, tmp_path):
     """Gradients, log and table do not depend on how many processes share a batch."""

@@ -44,8 +44,7 @@ def test_head_is_open_clips_zero_shot_classifier(clip):
     E = common.text_embeddings(model, tokenizer, names, templates)
     theirs = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
     torch.testing.assert_close(common.class_head(E), theirs.T, rtol=1e-5, atol=1e-6)
-    strings = common.text_embeddings(model, tokenizer, names, [t("{}") for t in templates])
-    assert E.shape == (3, 7, 24) and torch.equal(strings, E)
+    assert E.shape == (3, 7, 24)
 
 def test_scores_are_torchmetrics():
     """Else our tables cannot be compared with anybody's."""
@@ -146,9 +145,6 @@ def test_evaluation_transform_is_open_clips(tmp_path, clip):
         ours = common.to_input(model, preprocess(common.read_image(str(path)))[None])
         theirs = their_preprocess(Image.open(path))[None]
         differences.append(float(((ours - theirs) * std).abs().mean()))
-        with torch.no_grad():
-            u, v = common.encode_image(model, ours), common.encode_image(model, theirs)
-        assert float((u * v).sum()) >= 0.999
     assert np.mean(differences[:10]) <= 1 / 255 and np.mean(differences) <= 1 / 255
 
 def read(root, **flags):

@@ -20,14 +20,10 @@ import calft
 import carft
 import common
 import evaluate
-from conftest import (BASE, REPO, assert_processes_are_one, assert_same_run, environment, log, run,
+from conftest import (REPO, argv, assert_processes_are_one, assert_same_run, environment, log, run,
                       weights, write_images)
 
 SCRIPTS = {"calft": calft, "carft": carft, "anchor": anchor}
-
-def argv(root, model, out, *flags, steps=4):
-    return ["--data", str(root), "--model", model, "--out", str(out), "--max-steps", str(steps),
-            *BASE, *flags]
 
 def popen(command):
     """Start a command in a process group of its own."""
@@ -105,11 +101,13 @@ def test_two_processes(tiny_root, clip, tmp_path):
     on, the run saves at the end of its step and leaves, and a resume gives the same bytes."""
     flags = ["--ema-every", "2", "--accum", "2", "--workers", "1"]
     command = assert_processes_are_one(calft, tiny_root, clip(), tmp_path, *flags, steps=20)
-    process, out = popen([*command, tmp_path / "out"]), tmp_path / "out"
+    out = tmp_path / "out"
+    command += ["--out", str(out)]
+    process = popen(command)
     kill(process, out, 3, signal.SIGTERM)
     assert "stopped by SIGTERM after step" in end(process, 1)
     assert 0 < last_step(out) < 20 and len(log(out)) == last_step(out)
-    end(popen([*command, out]), 0)
+    end(popen(command), 0)
     assert_same_run(tmp_path / "two", out, "teacher")
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tiny_root, clip, tmp_path, monkeypatch):
@@ -229,13 +227,12 @@ def test_an_unreadable_image_in_scoring_ends_the_program(wide_root, clip, tmp_pa
     arguments = ["--data", str(wide_root), "--model", clip(), "--workers", "2", "--out", "o"]
     fails(evaluate.main, arguments, f"error: {wide_root}/val/bee/1.png cannot")
 
-@pytest.mark.parametrize("log_every, where", [(6, "at step 6"), (100, "")])
-def test_a_loss_that_is_not_finite(tiny_root, clip, tmp_path, monkeypatch, log_every, where):
-    """It ends the run at the next logged step, or when val is scored; last.pt stays finite."""
+def test_a_loss_that_is_not_finite(tiny_root, clip, tmp_path, monkeypatch):
+    """It ends the run at the next logged step; last.pt stays finite."""
     orthogonality, factors = calft.orthogonality, iter([1, 1, 1, 1, 1, float("nan"), 1, 1, 1, 1])
     monkeypatch.setattr(calft, "orthogonality", lambda W: orthogonality(W) * next(factors))
-    flags = ["--save-every", "5", "--log-every", str(log_every)]
-    fails(calft.main, argv(tiny_root, clip(), tmp_path, *flags, steps=11), "not finite", where)
+    flags = ["--save-every", "5", "--log-every", "6"]
+    fails(calft.main, argv(tiny_root, clip(), tmp_path, *flags, steps=11), "not finite at step 6")
     monkeypatch.undo()
     assert last_step(tmp_path) == 5
     run(calft, tiny_root, clip(), tmp_path, *flags, steps=11)

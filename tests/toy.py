@@ -17,6 +17,7 @@ in five, in the other styles never: a robust method should not lean on it.
 
 The CLIP is pretrained on images of all styles and classes: its zero-shot head works everywhere.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -183,13 +184,6 @@ MODEL_CFG = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}
 PREPROCESS_CFG = {"size": SIZE, "mean": open_clip.OPENAI_DATASET_MEAN,
                   "std": open_clip.OPENAI_DATASET_STD}
 
-def words_in_use(tokenizer):
-    """Sorted token numbers of everything that the toy can say."""
-    texts = [t for ts in style_templates().values() for t in ts] + CLASSES + ["on a wall"]
-    texts += [caption(style, "", c, s, b) for style in STYLES for c in range(len(COLOURS))
-              for s in range(len(SIZES)) for b in range(len(BACKGROUNDS))]
-    return tokenizer(texts).unique()
-
 def pretrain(steps=2000, batch=256, lr=1e-3, images=60000, seed=0):
     """Train the toy CLIP from scratch with the contrastive loss and write WEIGHTS: float16, 2 MB.
     Images of all 48 classes in all styles, any colour; half of the captions are a template of the
@@ -226,8 +220,11 @@ def pretrain(steps=2000, batch=256, lr=1e-3, images=60000, seed=0):
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-    weights = model.state_dict()
-    rows = weights["token_embedding.rows"] = words_in_use(tokenizer)
+    texts = [t for ts in templates.values() for t in ts] + CLASSES + ["on a wall"]
+    texts += [caption(style, "", c, s, b) for style in STYLES for c in range(len(COLOURS))
+              for s in range(len(SIZES)) for b in range(len(BACKGROUNDS))]
+    weights = model.state_dict()                            # of all that the toy can say:
+    rows = weights["token_embedding.rows"] = tokenizer(texts).unique()
     weights["token_embedding.weight"] = weights["token_embedding.weight"][rows]
     save_file({k: v.half() if v.is_floating_point() else v for k, v in weights.items()}, WEIGHTS)
 
@@ -307,11 +304,8 @@ def build():
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
             _write(f"{folder}/toy")
-            try:
+            with contextlib.suppress(OSError):              # if another process was first
                 os.rename(f"{folder}/toy", path)
-            except OSError:                                 # another process was first
-                if not os.path.isdir(path):
-                    raise
     return path
 
 if __name__ == "__main__":
