@@ -78,7 +78,8 @@ def failing(tiny_root, clip, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["calft", "carft", "anchor"])
 def test_killed_in_a_save_and_at_random(tiny_root, clip, tmp_path, captions, pool, name):
-    """SIGKILL and the same command again: the bytes of the run that was not killed."""
+    """SIGKILL and the same command again: the bytes of the run that was not killed. It is in a
+    save, and of calft.py then once more at any moment."""
     flags = {"calft": ["--ema-every", "3", "--accum", "2", "--precision", "fp16"], "carft": [],
              "anchor": ["--captions", captions, "--pool", pool]}[name]
     out, whole = tmp_path / "killed", tmp_path / "whole"
@@ -99,15 +100,13 @@ def test_killed_in_a_save_and_at_random(tiny_root, clip, tmp_path, captions, poo
 def test_two_processes(tiny_root, clip, tmp_path):
     """Gradients, log and table are those of one process. A SIGTERM reaches loaders too: they live
     on, the run saves at the end of its step and leaves, and a resume gives the same bytes."""
-    flags = ["--ema-every", "2", "--accum", "2", "--workers", "1"]
+    out, flags = tmp_path / "out", ["--ema-every", "2", "--accum", "2", "--workers", "1"]
     command = assert_processes_are_one(calft, tiny_root, clip(), tmp_path, *flags, steps=20)
-    out = tmp_path / "out"
-    command += ["--out", str(out)]
-    process = popen(command)
+    process = popen([*command, "--out", out])
     kill(process, out, 3, signal.SIGTERM)
     assert "stopped by SIGTERM after step" in end(process, 1)
     assert 0 < last_step(out) < 20 and len(log(out)) == last_step(out)
-    end(popen(command), 0)
+    end(popen([*command, "--out", out]), 0)
     assert_same_run(tmp_path / "two", out, "teacher")
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tiny_root, clip, tmp_path, monkeypatch):
