@@ -223,8 +223,8 @@ def pretrain(steps=2000, batch=256, lr=1e-3, images=60000, seed=0):
     texts = [t for ts in templates.values() for t in ts] + CLASSES + ["on a wall"]
     texts += [caption(style, "", c, s, b) for style in STYLES for c in range(len(COLOURS))
               for s in range(len(SIZES)) for b in range(len(BACKGROUNDS))]
-    weights = model.state_dict()                            # of all that the toy can say:
-    rows = weights["token_embedding.rows"] = tokenizer(texts).unique()
+    weights = model.state_dict()
+    rows = weights["token_embedding.rows"] = tokenizer(texts).unique()      # all that can be said
     weights["token_embedding.weight"] = weights["token_embedding.weight"][rows]
     save_file({k: v.half() if v.is_floating_point() else v for k, v in weights.items()}, WEIGHTS)
 
