@@ -22,7 +22,6 @@ def test_nothing_leaks(tmp_path, monkeypatch):
     write_images(cifar / "train", ["dog", "ship"], 7, 8)
     write_images(cifar / "test", ["dog", "ship"], 2, 9)
     in_memory, seen = pretrain.in_memory, set()
-
     def spy(images):
         seen.update(os.path.realpath(os.fsdecode(path)) for path in images.paths)
         return in_memory(images)
