@@ -153,7 +153,6 @@ def main(argv=None):
     add("--batch-size", type=common.number_type(int, 2), default=192, help="(%(default)s)")
     add("--seed", type=common.natural, default=0, help="of all randomness (%(default)s)")
     args = parser.parse_args(argv)
-    common.setup()
     out = os.path.abspath(args.out)
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
         sys.exit(f"error: --out {out} is there already; give another, or remove it")

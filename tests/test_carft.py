@@ -59,7 +59,7 @@ def test_training_is_a_plain_loop(tiny_root, clip, tmp_path, lam, reverse):
     torch.testing.assert_close(ours.encode_image(x), model.encode_image(x), rtol=1e-4, atol=1e-4)
     head = load_file(tmp_path / "head.safetensors")["W_cls"]
     torch.testing.assert_close(head, W_cls.data, rtol=1e-4, atol=1e-4)
-    x = torch.stack([preprocess(common.read_image(sets[1].paths[i])) for i in range(9)])     # `few`
+    x = torch.stack([preprocess(common.read_image(sets[1].paths[i])[0]) for i in range(9)])  # `few`
     logits = tau * model.encode_image(normalize(x / 255), normalize=True) @ W_cls[[1, 3, 4]].T
     nll = F.cross_entropy(logits, torch.arange(3).repeat_interleave(3)).detach()
     assert results["sets"]["few"]["nll"] == pytest.approx(float(nll), rel=1e-3)

@@ -130,8 +130,9 @@ def test_read_image(tmp_path, name):
     file = Image.fromarray(np.uint16(image) * 257) if name == "deep.png" else image
     file.save(tmp_path / name, form, **how)
     image = image if name == "deep.png" else Image.open(tmp_path / name)
-    x, expected = common.read_image(str(tmp_path / name)), np.asarray(image.convert("RGB"))
-    assert x.dtype == torch.uint8 and x.shape == (3, 32, 40)
+    x, readable = common.read_image(str(tmp_path / name))
+    expected = np.asarray(image.convert("RGB"))
+    assert readable and x.dtype == torch.uint8 and x.shape == (3, 32, 40)
     assert np.abs(x.permute(1, 2, 0).numpy().astype(int) - expected).mean() <= 1
 
 def test_evaluation_transform_is_open_clips(tmp_path, clip):
@@ -144,7 +145,7 @@ def test_evaluation_transform_is_open_clips(tmp_path, clip):
     _, _, their_preprocess = open_clip.create_model_and_transforms(name)
     std, differences = torch.tensor(model.visual.preprocess_cfg["std"]).view(3, 1, 1), []
     for path in [*tmp_path.glob("*/*"), *photos]:
-        ours = common.to_input(model, preprocess(common.read_image(str(path)))[None])
+        ours = common.to_input(model, preprocess(common.read_image(str(path))[0])[None])
         theirs = their_preprocess(Image.open(path))[None]
         differences.append(float(((ours - theirs) * std).abs().mean()))
     assert np.mean(differences[:10]) <= 1 / 255 and np.mean(differences) <= 1 / 255
@@ -244,7 +245,7 @@ def test_what_is_passed_over(tmp_path, capsys):
     train, sets = read(tmp_path)
     assert train.classes == ["a", "b"] and (len(train), len(sets["val"])) == (4, 2)
     said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert said == ["warning: the class folder empty holds no image and is passed over"]
+    assert said == [f"warning: {tmp_path}/train/empty holds no image and is passed over"]
 
 def test_eval_elsewhere(tmp_path, tiny_root):
     """A name that is taken gets that of its parent; a folder of image folders is each of them."""
@@ -255,6 +256,8 @@ def test_eval_elsewhere(tmp_path, tiny_root):
     assert list(sets)[4:] == ["zoo", "far/sketch", "far/test", "c/fog/1", "c/fog/2", "c/snow/5"]
     assert is_shift(sets["far/test"]) and sets["c/snow/5"].columns == [[0], [1]]
     assert list(read(tiny_root, eval=far[3:])[1])[-1] == "other/c/snow/5"
+    with pytest.raises(SystemExit, match="error: --eval has two folders of the same name"):
+        read(tiny_root, eval=[far[0], far[1], far[1]])
 
 def test_imagenets_shifts_by_wnid(tmp_path):
     """-R and -A have 200 of the 1000 logits each."""

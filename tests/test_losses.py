@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every loss term against a naive loop or a closed form, its gradient by finite differences in
 float64, and the schedules. The terms of CAR-FT are in test_carft.py."""
+import copy
 import math
 
 import pytest
@@ -29,6 +30,11 @@ def test_contrastive_loss_is_the_mean_of_both_directions():
     assert ours == pytest.approx((rows + columns) / 2, rel=1e-12)
     assert ours == pytest.approx(float(ClipLoss()(u, v, tau)), rel=1e-6)            # open_clip's
 
+def test_contrastive_loss_closed_form():
+    """All features equal: every row is uniform, so the loss is ln N."""
+    u = torch.ones(8, 4) / 2
+    assert float(common.contrastive_loss(u, u, 100.0)) == pytest.approx(math.log(8), rel=1e-6)
+
 def test_orthogonality():
     """The norm is not squared: the coefficient 0.2 belongs to that. Orthonormal columns give 0, and
     twice those, d of them, ||4I - I|| = 3 sqrt(d)."""
@@ -52,6 +58,19 @@ def test_self_distillation_by_loops():
         return total / len(S)
     expected = direction(S, S_t) + direction(S.T, S_t.T)
     assert float(calft.self_distillation(S, S_t)) == pytest.approx(expected, rel=1e-12)
+
+def test_self_distillation_has_the_gradient_of_kl():
+    """The paper writes KL, the code cross-entropy: they differ by the teacher's entropy alone, so a
+    student that is its teacher stays."""
+    S = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    S_t = torch.randn(5, 5, dtype=torch.float64)
+    ours, = torch.autograd.grad(calft.self_distillation(S, S_t), S)
+    kl = sum(torch.nn.functional.kl_div(a.log_softmax(-1), b.softmax(-1), reduction="batchmean")
+             for a, b in ((S, S_t), (S.T, S_t.T)))
+    theirs, = torch.autograd.grad(kl, S)
+    torch.testing.assert_close(ours, theirs)
+    own, = torch.autograd.grad(calft.self_distillation(S, S.detach()), S)
+    assert own.abs().max() < 1e-12
 
 def test_cross_frobenius_by_entries():
     """The norm of all inner products of rows, not squared: the weight 0.05 belongs to that."""
@@ -83,6 +102,17 @@ def test_cosine_lr(script):
     for step, lr in ((0, 0.2), (9, 2.0), (10, 2.0), (55, 1.0), (100, 0.0)):
         assert script.cosine_lr(step, 100, 10, 2.0) == pytest.approx(lr)
 
+def test_update_teacher_by_hand():
+    """Else student and teacher are exchanged, or a parameter is left out."""
+    model = torch.nn.Linear(3, 2)
+    teacher = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.5)
+    expected = [0.7 * t + 0.3 * p for t, p in zip(teacher.parameters(), model.parameters())]
+    calft.update_teacher(teacher, model, 0.7)
+    torch.testing.assert_close(list(teacher.parameters()), expected)
+
 @pytest.mark.parametrize("kind, d_in", [("vit", 32), ("resnet", 256), ("timm", 96)])
 def test_projections(clip, kind, d_in):
     """u = h W_v for the features h before the projection: W_v is found in each kind of tower, is
@@ -102,9 +132,15 @@ def test_projections(clip, kind, d_in):
 def test_losses_at_the_greatest_scale_from_bf16_features(case):
     """tau = 100 and features rounded to bf16: values and gradients are finite, and what float64
     makes of the same numbers."""
-    u, v = features(8, 16, 0), features(8, 16, 1)
-    u, v = {"batch of 2": (u[:2], v[:2]), "same images": (u[:1].expand(8, -1), v),
-            "same captions": (u, v[[0, 0, 1, 1, 2, 2, 3, 3]]), "opposite": (u, -u)}[case]
+    g = torch.Generator().manual_seed(0)
+    n = 2 if case == "batch of 2" else 8
+    u, v = (torch.nn.functional.normalize(torch.randn(n, 16, generator=g), dim=1) for _ in "uv")
+    if case == "same images":
+        u = u[:1].expand(n, -1)
+    if case == "same captions":
+        v = v[[0, 0, 1, 1, 2, 2, 3, 3]]
+    if case == "opposite":
+        v = -u
 
     def losses(dtype):
         a, b = (x.bfloat16().to(dtype).requires_grad_() for x in (u, v))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import anchor
 import calft
@@ -180,17 +181,19 @@ def test_overwrite_leaves_nothing_of_the_old(tiny_root, clip, tmp_path, monkeypa
     assert "sets" not in common.read_json(tmp_path / "results.json")
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("data, reason", [
-    (None, "FileNotFoundError"), (b"", "UnidentifiedImage"), (b"text", "UnidentifiedImage"),
-    (b"P5 40 30 255\n", "truncated"), (b"P5 60000 60000 255\n", "DecompressionBombError"),
-    (b"P5 10000 10000 255\n", "10000 x 10000 pixels"), (b"P5 30000 1 255\n", "30000 x 1 pixels")])
-def test_unreadable_images_are_named_in_a_line(tmp_path, data, reason):
-    """Without a crash; what is too large by its header, before it takes the memory."""
-    path = tmp_path / "two\nlines.jpg"
+@pytest.mark.parametrize("data", [
+    None, b"", b"text", b"P5 40 30 255\n", b"P5 60000 60000 255\n", b"P5 10000 10000 255\n",
+    b"P5 30000 1 255\n"])
+def test_images_that_cannot_be_read(tmp_path, monkeypatch, data):
+    """Black, without a crash; what is too large by its header, before it takes the memory."""
+    path, decoded = tmp_path / "two\nlines.jpg", []
     if data is not None:
         path.write_bytes(data)
-    with pytest.raises(ValueError, match=rf"^{re.escape(repr(str(path)))} cannot .*{reason}.*\Z"):
-        common.read_image(str(path))
+    convert = Image.Image.convert
+    monkeypatch.setattr(Image.Image, "convert", lambda *a: decoded.append(a) or convert(*a))
+    x, readable = common.read_image(str(path))
+    assert not readable and not x.any() and x.shape == (3, 8, 8)
+    assert bool(decoded) == (data == b"P5 40 30 255\n")     # which is cut off: no pixels
 
 @pytest.fixture
 def wide_root(tmp_path):
@@ -206,12 +209,12 @@ def test_the_next_image_stands_in(wide_root, clip, tmp_path, capsys):
         run(calft, wide_root, clip(), tmp_path / out, "--workers", workers, steps=40)
         assert capsys.readouterr().err.count("bee/17.png") == 1
     assert_same_run(tmp_path / "a", tmp_path / "b")
-    files, labels = common.flatten([common.scan(f"{wide_root}/train")], ["ant", "bee"])
+    files, labels = common.flatten(common.scan(f"{wide_root}/train"), ["ant", "bee"])
     train = common.ImageSet("train", [], [], [], None, files, labels)
     data, stood_in = common.TrainImages(train, torch.nn.Identity(), 3), []
     for place in range(360):
         crop, label, row, _, failed = data[place]
-        assert label == labels[row] and torch.equal(crop, common.read_image(files[row]))
+        assert label == labels[row] and torch.equal(crop, common.read_image(files[row])[0])
         stood_in += [failed, row] if failed >= 0 else []
     bad = files.tolist().index(os.fsencode(wide_root / "train" / "bee" / "17.png"))
     assert stood_in == [bad, bad + 1] * 3
@@ -225,7 +228,7 @@ def test_an_unreadable_image_in_scoring_ends_the_program(wide_root, clip, tmp_pa
     """By name, also with loaders."""
     (wide_root / "val" / "bee" / "1.png").write_bytes(b"broken")
     arguments = ["--data", str(wide_root), "--model", clip(), "--workers", "2", "--out", "o"]
-    fails(evaluate.main, arguments, f"error: {wide_root}/val/bee/1.png cannot")
+    fails(evaluate.main, arguments, f"error: {wide_root}/val/bee/1.png is broken")
 
 def test_a_loss_that_is_not_finite(tiny_root, clip, tmp_path, monkeypatch):
     """It ends the run at the next logged step; last.pt stays finite."""
@@ -269,7 +272,7 @@ MISTAKES = [                                                # flags, and words o
     ("calft --model ViT-B/16", "ViT-B/16", "ViT-B-16-quickgelu,"),
     ("calft --model TINY", "local-dir:"),
     ("calft --model local-dir:/nowhere", "/nowhere"),
-    ("calft --model ViT-B-16 --pretrained openai", "--model ViT-B-16-quickgelu"),
+    ("calft --model ViT-B-16 --pretrained openai", "add or drop -quickgelu"),
     ("calft --model ViT-B-16 --pretrained nonsense", "nonsense"),
     ("calft --batch-size 1000", "--batch-size", "40"),
     ("calft --accum 3", "--accum"),
