@@ -23,6 +23,7 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -57,11 +58,9 @@ CONFIG = {"model_cfg": {"embed_dim": 128, "vision_cfg": VISION, "text_cfg": TEXT
 
 def read(path):
     """The ImageSet of path/<class>/*."""
-    found = common.scan(path)
-    classes = [c for c in found if found[c]]
-    names = [c.replace("_", " ") for c in classes]
-    name = os.path.basename(path)
-    return common.ImageSet(name, classes, names, [], None, *common.flatten([found], classes))
+    found, name = common.scan(path), os.path.basename(path)
+    classes, names = list(found), [c.replace("_", " ") for c in found]
+    return common.ImageSet(name, classes, names, [], None, *common.flatten(found, classes))
 
 def divide(images, rng, held=10**9, seen=10**9):
     """Two parts of a set, at random: a fifth of each class, but at most `held`, and at most `seen`
@@ -72,7 +71,8 @@ def divide(images, rng, held=10**9, seen=10**9):
         n = min(held, math.ceil(len(rows) / 5))
         parts[0].append(rows[:n])
         parts[1].append(rows[n:n + seen])
-    return [images.take(np.sort(np.concatenate(part)), images.name) for part in parts]
+    return [replace(images, paths=images.paths[rows], labels=images.labels[rows])
+            for rows in (np.sort(np.concatenate(part)) for part in parts)]
 
 def link(images, folder):
     """Make folder/<class>/* links to the images; their names."""
@@ -87,7 +87,9 @@ def in_memory(images):
     """All images, cut to squares with sides of 72: uint8 (n, 3, 72, 72)."""
     out = torch.empty(len(images), 3, STORED, STORED, dtype=torch.uint8)
     for i in tqdm(range(len(images)), f"reading {images.name}", unit="image", leave=False):
-        x = common.read_image(images.paths[i])
+        x, readable = common.read_image(images.paths[i])
+        if not readable:
+            sys.exit(f"error: {os.fsdecode(images.paths[i])} cannot be read")
         x = VF.resize(x, [STORED], InterpolationMode.BICUBIC, antialias=True)
         out[i] = VF.center_crop(x, [STORED, STORED])
     return out
