@@ -216,22 +216,24 @@ def draw(args, curves):
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[3, 2],
                                          layout="constrained")
-    zero_shot = next(iter(curves.values()))[0]
-    for m, points in curves.items():
+    zero_shot, height = next(iter(curves.values()))[0], 0   # of the label last written, upwards
+    for m in sorted(curves, key=lambda m: stat(curves[m][-1], "shift mean", "top1")):
+        points = curves[m]
         x, y = ([stat(point, name, "top1") for point in points] for name in ("val", "shift mean"))
         left.plot(*([mean for mean, _ in axis] for axis in (x, y)), "o-", markersize=4,
                   color=colours[m])
         left.errorbar(x[-1][0], y[-1][0], y[-1][1], x[-1][1], capsize=3, color=colours[m])
-        left.annotate(m, (x[-1][0], y[-1][0]), (7, -4), textcoords="offset points",
-                      color=colours[m], weight="bold")
-        right.barh(m, *stat(points[-1], "shift mean", "ece")[:1], color=colours[m],
-                   xerr=stat(points[-1], "shift mean", "ece")[1], capsize=3)
+        height = max(height + 0.8, y[-1][0] - 0.2)
+        left.text(x[-1][0] + 0.8, height, m, color=colours[m], weight="bold")
+    for m in curves:
+        right.barh(m, *stat(curves[m][-1], "shift mean", "ece")[:1], color=colours[m],
+                   xerr=stat(curves[m][-1], "shift mean", "ece")[1], capsize=3)
     corner = stat(zero_shot, "val", "top1")[0], stat(zero_shot, "shift mean", "top1")[0]
     left.plot(*corner, "k*", markersize=14)
-    left.annotate("zero-shot", corner, (10, 0), textcoords="offset points")
+    left.text(corner[0] + 0.2, corner[1] - 1, "zero-shot", weight="bold")
     left.set(xlabel="top-1 on val (%)", ylabel="top-1, mean of the shifts (%)",
              title="mixing tuned and untuned weights (WiSE-FT)")
-    left.margins(x=0.12)
+    left.margins(x=0.15)
     right.barh("zero-shot", stat(zero_shot, "shift mean", "ece")[0], color="black")
     right.invert_yaxis()
     right.set(xlabel="ECE, mean of the shifts (%)", title="calibration, lower is better")
@@ -243,12 +245,11 @@ def draw(args, curves):
                           predictions, "--model", *runs])
     shift = next(k for k, r in zero_shot[0]["sets"].items() if k not in ("val", "test") and
                  r["head"] != "zero-shot")
-    figure, axes = plt.subplots(1, 2, figsize=(8, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 4), layout="constrained")
     for axis, m, out in zip(axes, ("FLYP", "CaRot"), runs):
         found = np.load(f"{predictions}/{evaluate.filename(out)}/{shift}.npz")
         correct = found["prediction"] == found["label"]
         evaluate.reliability(axis, found["confidence"], correct, f"{m} on {shift}")
-    axes[1].set_ylabel("")
     figure.savefig(f"{args.figures}/reliability.png", dpi=100)
 
 if __name__ == "__main__":
