@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What calft.py, carft.py, anchor.py and evaluate.py share. No training method is in here.
 
-Shapes: N images in the global batch, n of this process or set; K classes, M templates, L tokens;
-d feature dimensions."""
+Shapes: batch N, n in this process or a set, K classes, M templates, L tokens, width d."""
 import argparse
 import contextlib
 import hashlib
@@ -135,9 +134,9 @@ def average_gradients(parameters):
 
 def total_steps(args, n):
     """Optimiser steps of a run over n images: --epochs in whole batches, at most --max-steps."""
-    if args.batch_size > n or args.batch_size % (WORLD * args.accum):
-        sys.exit(f"error: --batch-size: at most {n}, the training images, and a multiple of "
-                 f"{WORLD * args.accum}, processes times --accum")
+    parts = WORLD * args.accum
+    if args.batch_size > n or args.batch_size % parts:
+        sys.exit(f"error: --batch-size: at most {n}, a multiple of {parts} (processes x --accum)")
     steps = min(args.epochs * n // args.batch_size, args.max_steps or math.inf)
     if args.warmup >= steps:
         say(f"warning: --warmup {args.warmup} in a run of {steps} steps: --lr is never reached")
@@ -378,6 +377,8 @@ def prepare_towers(model, args):
         model.set_grad_checkpointing()
         if not any(getattr(m, "grad_checkpointing", False) for m in model.visual.modules()):
             sys.exit(f"error: {args.model} does not support --grad-checkpointing; give --accum")
+    if DEVICE.type == "cuda":
+        model.visual.to(memory_format=torch.channels_last)              # for convolutions
     if args.compile:
         model.visual.compile(dynamic=False)                 # else a short batch makes it dynamic
         getattr(model, "text", model).transformer.compile()             # prompts vary in length
@@ -613,8 +614,7 @@ class Run:
         changed = [f"--{k.replace('_', '-')} {old.get(k)}" for k in identity
                    if k not in FREE.split() and old.get(k) != identity[k]]
         if changed:
-            sys.exit(f"error: --out {args.out} holds another run ({', '.join(changed[:4])}); give "
-                     "another --out, or --overwrite")
+            sys.exit(f"error: --out {args.out} has {', '.join(changed)}: another run. --overwrite?")
         self.results = read_json(self.path / "results.json") if begun else {}
         self.checkpoint = {"step": 0, "log_bytes": 0}
         if begun and (self.path / "last.pt").exists():

@@ -6,18 +6,34 @@
     python tests/bench.py head      # the zero-shot head against open_clip's builder
     python tests/bench.py eval      # three models scored together against one after another
     python tests/bench.py index     # reading 1.28 million file names against ImageFolder
-    python tests/bench.py memory    # peak of a step by --accum and --grad-checkpointing
-    python tests/bench.py bill      # operations and memory of a step, hours of a run: computed
+    python tests/bench.py memory    # of a step by --accum and --grad-checkpointing: counted
+    python tests/bench.py plan      # memory, time, workers and traffic of a run: computed
     python tests/bench.py client    # clip_benchmark's top-1 of an exported model against ours
     python tests/bench.py soak      # runs killed again and again end as if they never were
 
 Things compared take turns in one process; ratios are of medians. Accuracy: tests/evidence.py.
+`memory` and `plan` need no GPU. Where there is one, `memory` prints the measured peak as well.
+
+What a step makes the host wait for on a GPU, by reading the code (none of it is measured):
+- Only its loader, in most steps. Images come pinned from it. Tokens, labels and the constants of
+  the normalisation are pinned (`to_device`), so copies are queued. The longest prompt is looked up
+  in tokens that are still on the CPU. The optimiser is fused, and in fp16 it reads the scaler's
+  found_inf on the GPU.
+- Every --log-every steps the losses, a wait for each; at the first of them the steps before.
+- Every --save-every steps the finiteness check, a wait for each tensor of last.pt, and the copy of
+  it to the CPU; other processes wait for the first in their next all-reduce.
+- Scoring: the features of each batch, in float32 without TF32 (`plan` has the seconds). Captions
+  by --caption-model: a wait for each token.
+And the GPU waits for the host: gradients are averaged after the backward pass, not during it.
+Captions were tokenised in the loop: 31 ms for 512, twice a step of ARF, a quarter of the 254 ms of
+its step that `plan` computes for ViT-B/16. They are now before it: a step looks rows up, 0.03 ms.
 """
 import argparse
-import importlib
+import gc
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import subprocess
@@ -25,7 +41,6 @@ import sys
 import tarfile
 import threading
 import time
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -38,14 +53,10 @@ import torchvision
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-OUT = f"{REPO}/out/bench"
-sys.path.insert(0, REPO)
-import common  # noqa: E402
+from loops import METHODS, REPO, activations, lone_loop, operations, without_data
+import common  # noqa: E402: loops has made it known
 
-METHODS = {"FT": ("carft", "--lam", "0"), "CAR-FT": ("carft",),
-           "FLYP": ("calft", "--oc", "0", "--sd", "0", "--cross-fnorm", "0"), "CaRot": ("calft",),
-           "ARF": ("anchor",)}
+OUT = f"{REPO}/out/bench"
 GPU = common.DEVICE.type == "cuda"
 
 def system():
@@ -93,47 +104,19 @@ def megabytes(key, file="/proc/self/status"):
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 # ---- the methods' steps --------------------------------------------------------------------------
-def make_step(method, name, n, steps, *given, peer=False, around=()):
-    """A function that makes the next step of a method's own script, `steps` in all, on a batch of n
-    random images. The script runs in a thread that waits for its next batch between the calls; it
-    scores nothing and writes no file. around: context managers of the last step. peer: as others do
-    it, with prompts of 77 tokens, torch's default AdamW, and the losses read at each step."""
-    script, *own = METHODS[method]
-    for module in ("common", script):                       # copies of their own, to be changed
-        sys.modules.pop(module, None)
-    common, script = (importlib.import_module(module) for module in ("common", script))
-    config, rows, AdamW = open_clip.get_model_config(name), max(n, 512), torch.optim.AdamW
-    size, g = config["vision_cfg"]["image_size"], torch.Generator().manual_seed(0)
-    batch = [torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=g),
-             *(torch.randint(most, (n,), generator=g) for most in (100, rows, 80))]
-    E = common.normalize(torch.randn(100, 80, config["embed_dim"], generator=g)).to(common.DEVICE)
-    templates = [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
-    train = common.ImageSet("train", [], open_clip.IMAGENET_CLASSNAMES[:100], templates, [],
-                            np.zeros(rows, "S1"), np.zeros(rows, int))
-    texts = ["a large brown dog lies on the grass beside a small red ball in the sun"] * rows
+def make_step(*args, steps, **kw):
+    """A function that makes the next step of lone_loop(*args), `steps` in all. The loop runs in a
+    thread that waits for its next batch between the calls."""
     go, done = threading.Semaphore(0), threading.Semaphore(0)
 
-    def train_loader(images, crop, args, start, total, batch_size=None, seed=None):
-        if batch_size:                                      # ARF's pairs
-            yield from itertools.repeat(batch)
-        for i in range(steps):
+    def turns():
+        for _ in range(steps):
             done.release()
-            go.acquire()
-            with ExitStack() as stack:
-                for manager in around if i == steps - 1 else ():
-                    stack.enter_context(manager)
-                yield batch
-
-    def at_full_length(model, tokens, accum=1):
-        tokens = F.pad(tokens, (0, 77 - tokens.shape[1])).to(common.DEVICE)
-        return common.normalize(model.encode_text(tokens))
-
-    def plain_adamw(*args, fused, **settings):
-        return AdamW(*args, **settings)
+            yield go.acquire()
 
     def run():
         try:
-            script.main(flags.split() + ["--pretrained", "", *own, *given])
+            main()
         finally:
             done.release()
 
@@ -141,84 +124,95 @@ def make_step(method, name, n, steps, *given, peer=False, around=()):
         assert thread.is_alive()
         go.release()
         done.acquire()
-    flags = (f"--data . --model {name} --batch-size {n} --max-steps {steps} --epochs 9999 --warmup "
-             f"0 --eval-every 0 --overwrite --out {OUT}/step --log-every {1 if peer else 50}")
-    own += ["--captions", "-", "--pool", "-"] * (method == "ARF")
-    common.RANK, common.signal = 1, mock.Mock()             # no bar, no file, no signal handler
-    common.train_loader = train_loader
-    for module, function, value in (
-            (common, "read_data", (train, [train])), (common, "text_embeddings", E),
-            (common, "evaluate", {}), (common.Run, "report", None),
-            (script, "open_pool", (train, texts)), (script, "read_captions", [[t] for t in texts]),
-            (script, "retrieve_pairs", list(range(rows)))):
-        setattr(module, function, mock.Mock(return_value=value))
-    common.encode_text = at_full_length if peer else common.encode_text
-    with mock.patch.object(torch.optim, "AdamW", plain_adamw if peer else AdamW):
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        done.acquire()                                      # it asks for its first batch
+    main, _ = lone_loop(*args[:3], turns(), *args[3:], **kw)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    done.acquire()                                          # it asks for its first batch
     return step
 
-def cost(method, name, n, *given):
-    """Floating point operations of a step, and the bytes that autograd keeps for its gradients."""
-    storages, counter = {}, FlopCounterMode(display=False)
-
-    def keep(t):                                            # held, so that no address comes twice
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
-        return t
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
-    step = make_step(method, name, n, 2, *given, around=(counter, hooks))
-    step()                                                  # CaRot's first step has no teacher
-    torch.backends.mha.set_fastpath_enabled(False)          # its one fused operation is not counted
-    step()
-    torch.backends.mha.set_fastpath_enabled(True)
-    return counter.get_total_flops(), sum(s.nbytes() for s in storages.values())
-
 def bench_step(args):
-    n, side = args.batch_size, 8192 if GPU else 2048
+    n, side = args.batch_size or (512 if GPU else 16), 8192 if GPU else 2048
+    name = args.model or ("ViT-B-16-quickgelu" if GPU else "ViT-B-32-quickgelu")
     a = torch.randn(side, side).to(common.DEVICE, torch.bfloat16 if GPU else torch.float32)
     rate = 2 * side ** 3 / min(take_turns(1, lambda: a @ a)[0] for _ in range(7))
-    print(f"{args.model}, batch {n}, compile {args.compile}; product {rate / 1e12:.2f} TFLOP/s\n\n"
+    print(f"{name}, batch {n}, compile {args.compile}; product {rate / 1e12:.2f} TFLOP/s\n\n"
           f"{'':<8}{'images/s':>10}{'peer':>10}{'ratio':>8}{'GFLOP/image':>13}{'of the rate':>13}"
           f"{'of FT time':>12}")
     for method in METHODS:
-        make = partial(make_step, method, args.model, n, args.rounds + 1)
+        make = partial(make_step, method, name, n, steps=args.rounds + 1)
         ours, peer = take_turns(
             args.rounds, make(*["--compile"] * args.compile), make(peer=True))
-        flop, ft = cost(method, args.model, n)[0], ours if method == "FT" else ft
+        flop, ft = operations(method, name), ours if method == "FT" else ft
         print(f"{method:<8}{n / ours:>10.1f}{n / peer:>10.1f}{peer / ours:>8.2f}"
-              f"{flop / n / 1e9:>13.1f}{flop / ours / rate:>12.0%}{ours / ft:>12.2f}", flush=True)
+              f"{flop / 1e9:>13.1f}{flop * n / ours / rate:>12.0%}{ours / ft:>12.2f}", flush=True)
 
-def print_peak(name, n, *given):
-    """The memory of two steps: on CUDA what its allocator gave out, else the most of a process."""
-    take_turns(1, make_step("FLYP", name, n, 2, *given))
-    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if GPU else megabytes("VmHWM") / 1024
-    print(f"{' '.join(given):<32}{peak:.2f} GiB", flush=True)
+def measured(*args):
+    """The most bytes that CUDA's allocator gave out in two steps of lone_loop(*args)."""
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        lone_loop(*args)[0]()
+        return torch.cuda.max_memory_allocated()
+    except torch.OutOfMemoryError:
+        return math.inf
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+def sizes(name):
+    """Parameters of a model and of its image tower, operations for an image's features, crop."""
+    with without_data(common, "meta"), FlopCounterMode(display=False) as counter:
+        model, crop, *_ = common.load_model(name, "")
+        common.encode_image(model, torch.zeros(1, 3, *crop.size, device="meta"))
+    P, V = (sum(p.numel() for p in part.parameters()) for part in (model, model.visual))
+    return P, V, counter.get_total_flops(), crop
+
+def print_memory(name, n, measure):
+    """GiB of a step on n images: `activations`, and in float32 the weights, those of a teacher or
+    an untuned model, the gradients and two moments. With `measure` what CUDA gave out as well."""
+    P, V, *_ = sizes(name)
+    fixed = {"FT": 8 * P + 12 * V, "CAR-FT": 8 * P + 12 * V, "CaRot": 20 * P}
+    print(f"\n{name}, GiB for {n} images in bf16, counted{' (measured)' * measure}\n{'':<32}"
+          + "".join(f"{method:>15}" for method in METHODS))
+    for flag in ("--accum 1", "--accum 2", "--accum 4", "--accum 16",
+                 "--accum 1 --grad-checkpointing", "--accum 4 --grad-checkpointing"):
+        cells, (_, accum, *given) = [], flag.split()
+        for method in METHODS:
+            if method not in ("CAR-FT", "CaRot"):           # they hold what FT and FLYP hold
+                held = activations(method, name, n, int(accum), *given)
+            cells.append(f"{(held + fixed.get(method, 16 * P)) / 2 ** 30:.1f}")
+            if measure:
+                peak = measured(method, name, n, range(2), "--precision", "bf16", *flag.split())
+                cells[-1] += f" ({peak / 2 ** 30:.1f})"
+        print(f"{flag:<32}", *(f"{cell:>15}" for cell in cells), sep="", flush=True)
 
 def bench_memory(args):
-    print(f"peak of FLYP, {args.model}, batch {args.batch_size}, in a process of its own")
-    for given in ("", "--accum 2", "--accum 4", "--accum 8", "--grad-checkpointing",
-                  "--accum 4 --grad-checkpointing"):
-        in_a_process(print_peak, args.model, args.batch_size, *given.split())
+    for name in ([args.model] if args.model else
+                 ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-L-14-quickgelu")):
+        print_memory(name, args.batch_size or 512, GPU)
 
-def bench_bill(args):
-    """Hours are at 40 % of an H100's dense bf16 peak. Memory is that of what autograd keeps, and 16
-    bytes a parameter that is trained, 4 of another, and 2 for a copy in bf16."""
-    images, rate = 10 * 1_281_167, 0.4 * 989e12
-    for name in ("ViT-B-32", "ViT-B-16", "ViT-L-14", "RN50"):
-        model = common.load_model(name, "")[0]
-        P, V = (sum(p.numel() for p in part.parameters()) for part in (model, model.visual))
-        print(f"\n{name}, {P / 1e6:.0f} M parameters\n{'':<8}{'GFLOP/image':>12}{'hours':>8}"
-              f"{'MiB/image':>11}   GiB of a batch of 512 by --accum 1 2 4 ... 64")
-        fixed = {"FT": 14 * V + 4 * P, "CAR-FT": 14 * V + 8 * P, "CaRot": 22 * P}
-        for method in METHODS:
-            (flop, few), (_, more) = (cost(method, name, n, "--precision", "bf16") for n in (2, 6))
-            one = (more - few) / 4                          # bytes an image: weights cancel
-            chunk = one if method != "ARF" else chunk       # --accum has one term at a time: FLYP's
-            needs = [fixed.get(method, 18 * P) + 512 // k * (chunk if k > 1 else one)
-                     for k in (1, 2, 4, 8, 16, 32, 64)]
-            print(f"{method:<8}{flop / 2e9:>12.1f}{flop / 2 * images / rate / 3600:>8.1f}"
-                  f"{one / 2 ** 20:>11.0f}  ", *(f"{b / 2 ** 30:.1f}" for b in needs), flush=True)
+def bench_plan(args):
+    """Computed, but for the rate of decoding. ImageNet has 1,281,167 training images, and 166,963
+    are scored: val, V2, R, A, Sketch, and those of ObjectNet that are of its classes."""
+    name, gpus, N = args.model or "ViT-B-16-quickgelu", args.gpus, args.batch_size or 512
+    (P, V, forward, crop), photos, rows = sizes(name), write_photos(), []
+    torch.set_num_threads(1)
+    core = 64 / take_turns(args.rounds, partial(load_all, photos, crop, read_image))[0]
+    print_memory(name, N // gpus, False)
+    for method in METHODS:
+        flop, again = operations(method, name), operations(method, name, "--accum", "2")
+        rate = 0.45 * 989e12 * gpus / flop                  # images/s
+        load, trained = rate * (1 + (method == "ARF")), V if "FT" in method else P
+        rows.append((N * flop / 1e12, N * again / 1e12, 1_281_167 / rate, load, load / core / gpus,
+                     8 * trained * (gpus - 1) / gpus / 1e9))
+    print(f"\n{gpus} H100s, {N} images a step; bf16 at 45 % of 989 TFLOP/s, float32 at 75 % of 67; "
+          f"a core decodes and crops {core:.0f} images/s")
+    for what, row in zip(("TFLOP a step", "TFLOP a step with --accum", "seconds an epoch, ImageNet",
+                          "images/s to load", "workers a GPU for that", "GB a step sent by a GPU"),
+                         zip(*rows)):
+        print(f"{what:<32}", *(f"{x:>15,.{1 if x < 100 else 0}f}" for x in row), sep="")
+    fp32, bf16 = (166_963 * forward / r / gpus for r in (0.75 * 67e12, 0.45 * 989e12))
+    print(f"seconds to score val and five shifts, twice a run: {fp32:.1f} in float32, as we do, "
+          f"{bf16:.1f} in bf16; on one GPU {fp32 * gpus:.0f} and {bf16 * gpus:.0f}")
 
 # ---- images, heads, scores -----------------------------------------------------------------------
 def write_photos():
@@ -230,16 +224,21 @@ def write_photos():
         torchvision.io.write_jpeg(x, f"{OUT}/photos/train/{i % 2}/{i}.jpg", 90)
     return common.read_data(flags(f"{OUT}/photos", "train"))[0]
 
+def read_image(path):
+    return common.read_image(path)[0]
+
+def load_all(photos, crop, read):
+    for path in photos.paths:
+        crop(read(os.fsdecode(path)))
+
 def bench_input(args):
     torch.set_num_threads(1)
     photos, (_, crop, _, _) = write_photos(), common.load_model("ViT-B-16", "")
     _, peer, _ = open_clip.create_model_and_transforms("ViT-B-16", aug_cfg={"scale": (0.9, 1.0)})
 
-    def load(crop, read):
-        for path in photos.paths:
-            crop(read(os.fsdecode(path)))
+    load = partial(partial, load_all, photos)
     compare("500 x 375 JPEGs to 224 crops, one core", 64, args.rounds,
-            ours=partial(load, crop, common.read_image), open_clip=partial(load, peer, Image.open))
+            ours=load(crop, read_image), open_clip=load(peer, Image.open))
     for workers in [w for w in (0, 1, 2, 4, 8, 16) if w <= os.cpu_count()]:
         loader = common.train_loader(photos, crop, flags(workers=workers), 0, 10 * args.rounds + 10)
         list(itertools.islice(loader, 10))                  # until the workers are up
@@ -255,7 +254,8 @@ def bench_head(args):
             open_clip=partial(peer, model, tokenizer, *texts))
 
 def bench_eval(args):
-    photos, (model, _, preprocess, _) = write_photos(), common.load_model(args.model, "")
+    name = args.model or "ViT-B-32-quickgelu"
+    photos, (model, _, preprocess, _) = write_photos(), common.load_model(name, "")
 
     def score(times, n):
         for _ in range(times):
@@ -282,7 +282,7 @@ def print_index_memory():
     train, _ = common.read_data(flags(f"{OUT}/index"))
     print(f"{megabytes('VmHWM') - before:.0f} MB at the most, "
           f"{(train.paths.nbytes + train.labels.nbytes) / 2 ** 20:.0f} MB kept")
-    common.read_image = mock.Mock(return_value=torch.zeros(3, 8, 8, dtype=torch.uint8))
+    common.read_image = mock.Mock(return_value=(torch.zeros(3, 8, 8, dtype=torch.uint8), True))
     for workers in (1, 2, 4):
         given, crop = flags(workers=workers, batch_size=512), torch.nn.Identity()
         for _ in zip(range(80), common.train_loader(train, crop, given, 0, 90)):
@@ -360,8 +360,9 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("what", choices=list(benches))
     add("--rounds", type=int, default=7, help="turns of each of the compared")
-    add("--model", default="ViT-B-16" if GPU else "ViT-B-32", help="of step, eval, memory")
-    add("--batch-size", type=int, default=512 if GPU else 16, help="of step, memory")
+    add("--model", help="of step, memory, plan, eval")
+    add("--batch-size", type=int, help="of step, memory, plan: of all GPUs")
+    add("--gpus", type=int, default=8, help="of plan")
     add("--kills", type=int, default=100, help="of soak, in all")
     add("--compile", action="store_true", help="our towers in step")
     args = parser.parse_args()
