@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Speed, memory and endurance, printed with hardware and versions.
+"""Speed and memory, printed with hardware and versions; several names may be given.
 
     python tests/bench.py step      # each method's step against a peer's way and the matrix rate
-    python tests/bench.py input     # decoding and cropping against open_clip's; the loader
+    python tests/bench.py input     # decoding and cropping against open_clip's
+    python tests/bench.py loader    # images a second by the number of workers
     python tests/bench.py head      # the zero-shot head against open_clip's builder
-    python tests/bench.py eval      # three models scored together against one after another
     python tests/bench.py index     # reading 1.28 million file names against ImageFolder
     python tests/bench.py memory    # of a step by --accum and --grad-checkpointing: counted
     python tests/bench.py plan      # memory, time, workers and traffic of a run: computed
-    python tests/bench.py client    # clip_benchmark's top-1 of an exported model against ours
-    python tests/bench.py soak      # runs killed again and again end as if they never were
 
 Things compared take turns in one process; ratios are of medians. Accuracy: tests/evidence.py.
 `memory` and `plan` need no GPU. Where there is one, `memory` prints the measured peak as well.
@@ -19,31 +17,24 @@ What a step makes the host wait for on a GPU, by reading the code (none of it is
   the normalisation are pinned (`to_device`), so copies are queued. The longest prompt is looked up
   in tokens that are still on the CPU. The optimiser is fused, and in fp16 it reads the scaler's
   found_inf on the GPU.
-- Every --log-every steps the losses, a wait for each; at the first of them the steps before.
-- Every --save-every steps the finiteness check, a wait for each tensor of last.pt, and the copy of
-  it to the CPU; other processes wait for the first in their next all-reduce.
+- Every --log-every steps the losses; every --save-every steps the finiteness check, tensor by
+  tensor, and the copy of last.pt to the CPU. Gradients are averaged after the backward pass.
 - Scoring: the features of each batch, in float32 without TF32 (`plan` has the seconds). Captions
-  by --caption-model: a wait for each token.
-And the GPU waits for the host: gradients are averaged after the backward pass, not during it.
-Captions were tokenised in the loop: 31 ms for 512, twice a step of ARF, a quarter of the 254 ms of
-its step that `plan` computes for ViT-B/16. They are now before it: a step looks rows up, 0.03 ms.
+  by --caption-model: each token.
+Captions were tokenised in the loop: 31 ms for 512, twice a step of ARF, a quarter of the 254 ms
+that `plan` computes for ViT-B/16. Now they are tokenised before it: a step looks up rows, 0.03 ms.
 """
 import argparse
 import gc
 import itertools
-import json
 import logging
 import math
-import multiprocessing
 import os
-import subprocess
 import sys
-import tarfile
 import threading
 import time
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import open_clip
@@ -54,7 +45,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from loops import METHODS, REPO, activations, lone_loop, operations, without_data
-import common  # noqa: E402: loops has made it known
+import common  # noqa: E402
 
 OUT = f"{REPO}/out/bench"
 GPU = common.DEVICE.type == "cuda"
@@ -90,18 +81,6 @@ def compare(what, count, rounds, **functions):
     """Print how many of `count` things two functions do in a second."""
     (ours, peer), (a, b) = functions, take_turns(rounds, *functions.values())
     print(f"{what}: {ours} {count / a:,.1f} a second, {peer} {count / b:,.1f}, ratio {b / a:.2f}")
-
-def in_a_process(function, *args):
-    """function(*args) in a new process, whose memory nothing else has touched."""
-    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
-    process.start()
-    process.join()
-
-def megabytes(key, file="/proc/self/status"):
-    """What Linux says of a process. VmHWM is the most that it held; Pss is what it holds now, with
-    pages that several processes share counted in parts."""
-    lines = Path(file).read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) / 1024
 
 # ---- the methods' steps --------------------------------------------------------------------------
 def make_step(*args, steps, **kw):
@@ -239,6 +218,9 @@ def bench_input(args):
     load = partial(partial, load_all, photos)
     compare("500 x 375 JPEGs to 224 crops, one core", 64, args.rounds,
             ours=load(crop, read_image), open_clip=load(peer, Image.open))
+
+def bench_loader(args):
+    photos, (_, crop, _, _) = write_photos(), common.load_model("ViT-B-16", "")
     for workers in [w for w in (0, 1, 2, 4, 8, 16) if w <= os.cpu_count()]:
         loader = common.train_loader(photos, crop, flags(workers=workers), 0, 10 * args.rounds + 10)
         list(itertools.islice(loader, 10))                  # until the workers are up
@@ -253,16 +235,6 @@ def bench_head(args):
             ours=partial(common.text_embeddings, model, tokenizer, *texts),
             open_clip=partial(peer, model, tokenizer, *texts))
 
-def bench_eval(args):
-    name = args.model or "ViT-B-32-quickgelu"
-    photos, (model, _, preprocess, _) = write_photos(), common.load_model(name, "")
-
-    def score(times, n):
-        for _ in range(times):
-            common.image_features([model] * n, [preprocess] * n, [photos], flags(), "scoring")
-    compare("photographs for three models", 64, args.rounds,
-            together=partial(score, 1, 3), by_turns=partial(score, 3, 1))
-
 def bench_index(args):
     """ROOT has 1000 classes of 1281 empty files."""
     for k in range(1000) if not os.path.isdir(f"{OUT}/index/train/n00000999") else ():
@@ -274,98 +246,19 @@ def bench_index(args):
     compare("of 1,281,000 files", 1281e3, min(args.rounds, 3),
             ours=partial(common.read_data, flags(f"{OUT}/index")),
             ImageFolder=partial(torchvision.datasets.ImageFolder, f"{OUT}/index/train"))
-    in_a_process(print_index_memory)
-
-def print_index_memory():
-    """What the index of bench_index costs in memory, and what workers add."""
-    before = megabytes("VmHWM")
-    train, _ = common.read_data(flags(f"{OUT}/index"))
-    print(f"{megabytes('VmHWM') - before:.0f} MB at the most, "
-          f"{(train.paths.nbytes + train.labels.nbytes) / 2 ** 20:.0f} MB kept")
-    common.read_image = mock.Mock(return_value=(torch.zeros(3, 8, 8, dtype=torch.uint8), True))
-    for workers in (1, 2, 4):
-        given, crop = flags(workers=workers, batch_size=512), torch.nn.Identity()
-        for _ in zip(range(80), common.train_loader(train, crop, given, 0, 90)):
-            pids = [os.getpid(), *(p.pid for p in multiprocessing.active_children())]
-        total = sum(megabytes("Pss", f"/proc/{pid}/smaps_rollup") for pid in pids)
-        print(f"{workers} workers: {total:.0f} MB in all, shared pages counted once", flush=True)
-
-# ---- other tools, and endurance ------------------------------------------------------------------
-def bench_client(args):
-    """clip_benchmark runs in an environment of its own, on the toy's val as a webdataset."""
-    import calft
-    import toy
-    run, wds, python = f"{OUT}/client/run", f"{OUT}/client/wds", f"{OUT}/client/venv/bin"
-    calft.main(["--out", run])
-    subprocess.run([sys.executable, "-m", "venv", f"{OUT}/client/venv"], check=True)
-    subprocess.run([f"{python}/pip", "install", "-q", "clip-benchmark", "requests", "numpy<2.3"],
-                   check=True)
-    val = common.read_data(flags(toy.defaults()["data"]))[1][0]
-    texts = {"test/nshards.txt": ["1"], "classnames.txt": val.classnames,
-             "zeroshot_classification_templates.txt": [t.format("{c}") for t in val.templates]}
-    os.makedirs(f"{wds}/test", exist_ok=True)
-    for name, lines in texts.items():
-        Path(wds, name).write_text("\n".join(lines) + "\n")
-    with tarfile.open(f"{wds}/test/0.tar", "w") as tar:
-        for i, (path, label) in enumerate(zip(val.paths, val.labels)):
-            Path(wds, "label").write_text(str(label))
-            tar.add(os.fsdecode(path), f"{i}.png")
-            tar.add(f"{wds}/label", f"{i}.cls")
-    subprocess.run([
-        f"{python}/clip_benchmark", "eval", "--model", f"local-dir:{run}/model", "--pretrained", "",
-        "--dataset", "wds/toy", "--dataset_root", wds, "--task", "zeroshot_classification",
-        "--no_amp", "--num_workers", "0", "--output", f"{wds}/result.json"], check=True)
-    theirs = json.loads(Path(wds, "result.json").read_text())["metrics"]["acc1"]
-    ours = json.loads(Path(run, "results.json").read_text())["sets"]["val"]["top1"]
-    print(f"top-1 of the exported model on val: clip_benchmark {theirs:.6f}, ours {ours:.6f}")
-
-def bench_soak(args):
-    """Each script on a tiny ROOT, killed by SIGKILL at random, against the same run left alone."""
-    import conftest
-    folder = f"{OUT}/soak-{time.time():.0f}"
-    model = conftest.write_clip(f"{folder}/clip")
-    conftest.write_images(f"{folder}/root/train", "abcd", 20)
-    pairs = "".join(f"root/train/{c}/0.png\tpicture of {c}\n" for c in "abcd")
-    Path(folder, "pool.tsv").write_text("path\ttext\n" + pairs)
-    recipe = (f"--data {folder}/root --model {model} --epochs 1000000 --max-steps 1500 --lr 1e-3 "
-              "--batch-size 8 --warmup 2 --log-every 1 --save-every 5 --eval-every 50 --workers 1")
-
-    def start(script, out, *own):
-        return subprocess.Popen(
-            [sys.executable, f"{REPO}/{script}.py", "--out", out, *recipe.split(), *own],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-
-    def size(log):
-        return os.path.getsize(log) if os.path.isfile(log) else 0
-    for script, *own in (("calft",), ("carft",), ("anchor", "--pool", f"{folder}/pool.tsv")):
-        whole, killed, kills = f"{folder}/{script}", f"{folder}/{script}-killed", 0
-        start(script, whole, *own).wait()
-        while kills < args.kills // 3:
-            before, process = size(f"{killed}/log.jsonl"), start(script, killed, *own)
-            while process.poll() is None and size(f"{killed}/log.jsonl") == before:
-                time.sleep(0.01)
-            time.sleep(float(torch.rand(()) * 1.5))
-            if process.poll() is not None:
-                break                                       # done before its last kill
-            os.killpg(process.pid, 9)
-            process.wait()
-            kills += 1
-        start(script, killed, *own).wait()
-        conftest.assert_same_run(whole, killed)
-        print(f"{script}: after {kills} kills the same bit for bit", flush=True)
 
 if __name__ == "__main__":
     benches = {name[6:]: f for name, f in list(globals().items()) if name.startswith("bench_")}
     parser = argparse.ArgumentParser(usage=__doc__)
     add = parser.add_argument
-    add("what", choices=list(benches))
+    add("what", choices=list(benches), nargs="+")
     add("--rounds", type=int, default=7, help="turns of each of the compared")
-    add("--model", help="of step, memory, plan, eval")
+    add("--model", help="of step, memory, plan")
     add("--batch-size", type=int, help="of step, memory, plan: of all GPUs")
     add("--gpus", type=int, default=8, help="of plan")
-    add("--kills", type=int, default=100, help="of soak, in all")
     add("--compile", action="store_true", help="our towers in step")
     args = parser.parse_args()
     logging.disable(logging.WARNING)                        # of random weights, which are meant
     print(system(), flush=True)
-    benches[args.what](args)
+    for what in args.what:
+        benches[what](args)

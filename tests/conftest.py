@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tiny roots and tiny CLIPs for the tests; ../shared/data is used where it is there."""
+"""Tiny roots and tiny CLIPs for the tests."""
 import functools
 import json
 import os
@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SHARED = os.path.join(os.path.dirname(REPO), "shared", "data")
 sys.path.insert(0, REPO)
 import common  # noqa: E402
 

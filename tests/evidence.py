@@ -2,9 +2,8 @@
 """The tables of accuracy and calibration, and the README's pictures. One protocol: every method at
 the learning rate 3e-4, over the seeds. Every run is a script's own, in a process of its own.
 
-    python tests/evidence.py toy        # all methods on the toy; the papers' claims as differences
-    python tests/evidence.py ablations  # the toy: one choice of a method changed at a time
-    python tests/evidence.py root --root ROOT --model local-dir:CLIP --pool pool.tsv    # your own
+    python tests/evidence.py toy    # all methods on the toy; the papers' claims as differences
+    python tests/evidence.py root --root ROOT --model local-dir:CLIP --pool pool.tsv
     python tests/evidence.py corrupt --root ROOT --cifar SETS/cifar10 --unseen PACS/cartoon
 
 `root` prints WiSE-FT's curves too, and draws with --figures. `corrupt` writes a ROOT whose shifts
@@ -23,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torchvision.io import decode_image, write_png
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 import toy as the_toy
@@ -33,23 +32,6 @@ sys.path.insert(0, REPO)
 import evaluate  # noqa: E402
 
 BASELINES = {"CAR-FT": "FT", "CaRot": "FLYP", "ARF": "FLYP"}
-
-# {method: {what changes: its flags, or where no flag changes it a statement to run before main()}}
-ABLATIONS = {
-    "CaRot": {
-        "orthogonality alone": ("--sd", "0", "--cross-fnorm", "0"),
-        "self-distillation alone": ("--oc", "0", "--cross-fnorm", "0"),
-        "cross-Frobenius alone": ("--oc", "0", "--sd", "0"),
-        "no cross-Frobenius term": ("--cross-fnorm", "0"),
-        "L_oc squared": ("f = calft.orthogonality; calft.orthogonality = lambda W: f(W) ** 2",),
-        "teacher moves every step": ("--ema-every", "1"),
-        "teacher moves at step 0 only": ("--ema-every", "100000"),
-        "m = 0.9 from the start": ("calft.ema_momentum = lambda step, total: 0.9",)},
-    "CAR-FT": {"the reverse, KL(p ‖ p0)": ("--reverse-kl",), "lam 0.3": ("--lam", "0.3"),
-               "lam 3": ("--lam", "3")},
-    "ARF": {"captions alone": ("--ret", "0"), "retrieved pairs alone": ("--cap", "0"),
-            "k = 8": ("--k", "8")}}
-
 MEASURES = {"val top-1": ("val", "top1"), "shift top-1": ("shift mean", "top1"),
             "unseen top-1": ("unseen", "top1"), "val ECE": ("val", "ece"),
             "shift ECE": ("shift mean", "ece")}
@@ -79,11 +61,9 @@ def run(args, name, command):
     if json.loads((out / "command.json").read_text()) != command:
         sys.exit(f"error: {out} holds a run of another command; give another --out, or remove it")
     if set(results_of(out)) <= {"zero_shot"}:               # nothing, or a run's beginning
-        script, changes = command[0], [c for c in command if " = " in c]
-        code = "; ".join([f"import sys, {script}", *changes, f"{script}.main(sys.argv[1:])"])
-        flags = [c for c in command[1:] if c not in changes]
-        done = subprocess.run([sys.executable, "-c", code, *flags, "--out", str(out)], cwd=REPO,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        done = subprocess.run([sys.executable, f"{command[0]}.py", *command[1:], "--out", str(out)],
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=REPO,
+                              capture_output=True)
         if done.returncode:
             sys.exit(f"error: {name} failed: {done.stderr.decode()[-2000:]}")
         (out / "last.pt").unlink(missing_ok=True)           # the largest file, of no more use
@@ -121,32 +101,16 @@ def claims(rows, measures):
                 f"{cell(d, '+.1f')}, better in {better} of {len(d)}")
     markdown(measures, shown)
 
-def toy_runs(args, commands):
-    """{method: {measure: array of values by seed}} of {method: (script, flag, ...)} on the toy."""
+def toy(args):
     the_toy.build()                                         # once, and not by every job
     results = run_all(args, {f"{m}-{s}": [c[0], "--seed", str(s), *c[1:]]
-                             for s in range(args.seeds) for m, c in commands.items()})
-    found = {m: [results[f"{m}-{s}"] for s in range(args.seeds)] for m in commands}
-    found["zero-shot"] = [next(iter(results.values()))["zero_shot"]]
-    return {m: {k: np.array([score(r, *of) for r in found[m]]) for k, of in MEASURES.items()}
+                             for s in range(args.seeds) for m, c in METHODS.items()})
+    found = {m: [results[f"{m}-{s}"] for s in range(args.seeds)] for m in METHODS}
+    found = {"zero-shot": [results["FT-0"]["zero_shot"]], **found}
+    rows = {m: {k: np.array([score(r, *of) for r in found[m]]) for k, of in MEASURES.items()}
             for m in found}
-
-def toy(args):
-    rows = toy_runs(args, METHODS)
     markdown(MEASURES, {m: map(cell, row.values()) for m, row in rows.items()})
     claims(rows, MEASURES)
-
-def ablations(args):
-    """Below each method what one change adds to it, by seed."""
-    commands = {f"{m}, {what}" if what else m: (*METHODS[m], *change)
-                for m in ABLATIONS for what, change in {"": (), **ABLATIONS[m]}.items()}
-    rows, shown = toy_runs(args, commands), {}
-    for name in commands:
-        method, _, what = name.partition(", ")
-        shown[what or f"**{method}**"] = [
-            cell(rows[name][k] - rows[method][k], "+.1f") if what else cell(rows[name][k])
-            for k in MEASURES]
-    markdown(MEASURES, shown)
 
 def root(args):
     steps = args.epochs * sum(len(f) for *_, f in os.walk(f"{args.root}/train", followlinks=True))
@@ -255,10 +219,10 @@ def draw(args, curves):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__)
     add = parser.add_argument
-    add("what", choices=["toy", "ablations", "root", "corrupt"])
+    add("what", choices=["toy", "root", "corrupt"])
     add("--seeds", type=int, default=5, help="two at least, for a standard deviation")
     add("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
-    add("--out", help="where runs are kept (out/evidence/WHAT; toy and ablations share theirs)")
+    add("--out", help="where runs are kept (out/evidence/WHAT)")
     add("--root", type=os.path.abspath, help="the ROOT")
     add("--model", help="root: the CLIP, local-dir:PATH")
     add("--pool", type=os.path.abspath, help="root: image-text pairs for ARF (no ARF)")
@@ -270,7 +234,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.seeds < 2 or args.what in ("root", "corrupt") and not args.root:
         parser.error("--seeds is two at least; root and corrupt need --root")
-    shared = args.what.replace("ablations", "toy")
-    args.out = os.path.abspath(args.out or f"{REPO}/out/evidence/{shared}")
+    args.out = os.path.abspath(args.out or f"{REPO}/out/evidence/{args.what}")
     print(f"{args.what}; mean ± standard deviation in percent; {system()}\n")
     globals()[args.what](args)

@@ -24,10 +24,9 @@ METHODS = {"FT": ("carft", "--lam", "0"), "CAR-FT": ("carft",),
            "ARF": ("anchor",)}
 
 def lone_loop(method, name, n, turns, *given, peer=False):
-    """A function that runs the loop of a method's own script, and the copy of common that it uses.
-    The loop gets the same n random images for every item of `turns`; it scores nothing and writes
-    no file. peer: as others do it, with prompts of 77 tokens, torch's default AdamW, and the losses
-    read at each step."""
+    """A function that runs the loop of a method's own script on the same n random images for every
+    item of `turns`, without scores or files, and the copy of common that it uses. peer: with
+    prompts of 77 tokens, torch's default AdamW, and the loss read at each step."""
     script, *own = METHODS[method]
     with mock.patch.dict(sys.modules):                      # copies of their own, to be changed
         for module in ("common", script):
@@ -85,8 +84,7 @@ class FakeCuda(FakeTensorMode):
 
 @contextmanager
 def without_data(common, kind="cuda"):
-    """Let a copy of common compute on FakeCuda's tensors, or on those of torch's device 'meta'. For
-    the former torch has no backward pass; all gradients are zeros."""
+    """Let a copy of common compute on FakeCuda's tensors, without a backward pass, or on 'meta'."""
     device, create = torch.device(kind, 0), open_clip.create_model
 
     def create_model(*args, **kw):
@@ -102,7 +100,8 @@ def without_data(common, kind="cuda"):
         changes |= {"common.autocast": lambda precision: ExitStack(),
                     "torch.optim.AdamW.step": mock.Mock()}
     else:
-        changes |= {"common.average_gradients": zero_gradients, "torch.cuda.set_device": mock.Mock(),
+        changes |= {"common.average_gradients": zero_gradients,
+                    "torch.cuda.set_device": mock.Mock(),
                     "torch.inference_mode": lambda on=True: torch.no_grad() if on else ExitStack(),
                     "torch.Tensor.backward": mock.Mock(), "torch.Tensor.pin_memory": lambda x: x,
                     "torch.cuda.is_bf16_supported": mock.Mock(return_value=True),
@@ -134,9 +133,8 @@ def operations(method, name, *given):
     return counter.get_total_flops() / 2
 
 def activations(method, name, n, accum, *given):
-    """Bytes that a step holds for its backward pass, in bf16 on CUDA with fused attention, which
-    keeps no n x n matrix: what the forward pass keeps, and the greatest of the parts that --accum
-    and --grad-checkpointing compute again."""
+    """Bytes that a step holds for its backward pass in bf16 on CUDA, with fused attention: what the
+    forward pass keeps, and the greatest part that --accum or --grad-checkpointing compute again."""
     kept, again = [{}], [0]                                 # of the step, and of parts within parts
 
     def keep(t):

@@ -5,14 +5,12 @@
     python tests/pretrain.py --pacs PACS --cifar SETS/cifar10 --out OUT
     python evaluate.py --data OUT/root --model local-dir:OUT/clip           # what it knows
     python calft.py --data OUT/root --model local-dir:OUT/clip --batch-size 64 --lr 3e-4 --warmup 20
-    python anchor.py --pool OUT/pool.tsv ...                      # the same flags
 
     OUT/root/{train,val}            80 and 20 % of PACS' photographs; none is pretrained on
     OUT/root/{art_painting,cartoon,sketch}    20 % of each, not pretrained on: the shifts
     OUT/root/cifar10                CIFAR-10's test images
     OUT/clip                        the CLIP, an open_clip `local-dir:`
     OUT/pool.tsv, OUT/pool          captioned CIFAR-10 training images, not pretrained on
-    OUT/heldout.txt                 the 20 % of the four domains, relative to PACS
 
 Images are links to the originals. The CLIP is pretrained from scratch on the other paintings,
 cartoons and sketches and on 12,000 CIFAR-10 images: a ResNet-10 at 64 x 64, 8 million parameters,
@@ -55,7 +53,6 @@ CONFIG = {"model_cfg": {"embed_dim": 128, "vision_cfg": VISION, "text_cfg": TEXT
           "preprocess_cfg": PREPROCESS}
 
 # ---- images --------------------------------------------------------------------------------------
-
 def read(path):
     """The ImageSet of path/<class>/*."""
     found, name = common.scan(path), os.path.basename(path)
@@ -106,7 +103,6 @@ def augment(x, g):
     return torch.where(grey[:, :, None, None], VF.rgb_to_grayscale(x, 3), x)
 
 # ---- pretraining ---------------------------------------------------------------------------------
-
 def spread_loss(S, group):
     """CLIP's symmetric loss of S (N, N), a scalar, where an image belongs to all texts of its group
     (N,) alike."""
@@ -124,8 +120,7 @@ def pretrain(model, pixels, group, captions, args):
     model.token_embedding.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.05)
-    bar = tqdm(range(args.steps), "pretraining", unit="step")
-    for step in bar:
+    for step in tqdm(range(args.steps), "pretraining", unit="step"):
         optimizer.param_groups[0]["lr"] = calft.cosine_lr(step, args.steps, 100, 2e-3)
         rows = order[step * args.batch_size:(step + 1) * args.batch_size]
         text = [captions[k][torch.randint(len(captions[k]), (), generator=g)]
@@ -140,13 +135,9 @@ def pretrain(model, pixels, group, captions, args):
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
-        if step % 10 == 0 or step + 1 == args.steps:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
 
 def main(argv=None):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.error = lambda message: sys.exit(f"error: {message}")
+    parser = argparse.ArgumentParser(usage=__doc__)
     add = parser.add_argument
     add("--pacs", required=True, metavar="DIR", help="{photo,art_painting,...}/<class>/*.jpg")
     add("--cifar", required=True, metavar="DIR", help="{train,test}/<class>/*")
@@ -167,8 +158,6 @@ def main(argv=None):
     rng = np.random.default_rng(args.seed)
     split = {d: divide(images, rng) for d, images in domains.items()}
     pool, rest = divide(train, rng, 500, 1200)
-    held = sorted(os.path.relpath(os.fsdecode(path), pacs)
-                  for images, _ in split.values() for path in images.paths)
     val, train = split.pop("photo")
     root = {"train": train, "val": val, **{d: images for d, (images, _) in split.items()},
             "cifar10": test}
@@ -183,9 +172,8 @@ def main(argv=None):
     pairs = ["path\ttext"]
     for file, k in zip(link(pool, os.path.join(partial, "pool")), pool.labels):
         pairs.append(f"pool/{file}\t{rng.choice(TEMPLATES['cifar10']).format(pool.classnames[k])}")
-    for name, lines in (("pool.tsv", pairs), ("heldout.txt", held)):
-        with common.replacing(os.path.join(partial, name)) as f:
-            f.write("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+    with common.replacing(os.path.join(partial, "pool.tsv")) as f:
+        f.write("".join(f"{line}\n" for line in pairs).encode("utf-8", "surrogateescape"))
 
     # the CLIP
     pixels, group, captions = torch.cat([in_memory(images) for images in seen.values()]), [], []

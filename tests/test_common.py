@@ -6,7 +6,6 @@ import os
 import re
 import types
 from importlib.resources import files
-from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -17,7 +16,7 @@ from timm.data import ImageNetInfo
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import common
-from conftest import CLASSES, SHARED, write_images
+from conftest import CLASSES, write_images
 
 @pytest.mark.parametrize("custom_text", [False, True])
 @pytest.mark.parametrize("causal", [True, False])
@@ -136,19 +135,17 @@ def test_read_image(tmp_path, name):
     assert np.abs(x.permute(1, 2, 0).numpy().astype(int) - expected).mean() <= 1
 
 def test_evaluation_transform_is_open_clips(tmp_path, clip):
-    """Within a grey level, on real photographs where they are: else every score is another one."""
+    """Within a grey level, or every score is another one."""
     write_images(tmp_path, ["a"], 5, size=(61, 47))
     write_images(tmp_path, ["b"], 5, size=(20, 90))
-    photos = sorted(Path(SHARED, "imagenet-original").glob("*/*"))[::4]
-    name = f"local-dir:{SHARED}/pacs-clip" if photos else clip()
-    model, _, preprocess, _ = common.load_model(name, "", "cpu")
-    _, _, their_preprocess = open_clip.create_model_and_transforms(name)
+    model, _, preprocess, _ = common.load_model(clip(), "", "cpu")
+    _, _, their_preprocess = open_clip.create_model_and_transforms(clip())
     std, differences = torch.tensor(model.visual.preprocess_cfg["std"]).view(3, 1, 1), []
-    for path in [*tmp_path.glob("*/*"), *photos]:
+    for path in tmp_path.glob("*/*"):
         ours = common.to_input(model, preprocess(common.read_image(str(path))[0])[None])
         theirs = their_preprocess(Image.open(path))[None]
         differences.append(float(((ours - theirs) * std).abs().mean()))
-    assert np.mean(differences[:10]) <= 1 / 255 and np.mean(differences) <= 1 / 255
+    assert np.mean(differences) <= 1 / 255
 
 def read(root, **flags):
     """The data of ROOT: (train, {name: set})."""
@@ -302,11 +299,3 @@ def test_export_reloads_in_open_clip_bit_for_bit(tmp_path, clip, kind, custom_te
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path}/model")(["a dog", "a cat"])
     x = transform(Image.new("RGB", (50, 40))).expand(2, 3, 32, 32)
     torch.testing.assert_close(again.eval()(x, tokens), model(x, tokens), rtol=0, atol=0)
-
-def test_random_weights_and_a_weights_file(tmp_path):
-    """--pretrained takes both, and the model is in eval mode and float32."""
-    model, *_ = common.load_model("ViT-S-32-alt", "", "cpu")
-    assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
-    torch.save(model.state_dict(), tmp_path / "weights.pt")
-    again, *_ = common.load_model("ViT-S-32-alt", str(tmp_path / "weights.pt"), "cpu")
-    torch.testing.assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The scripts on CUDA. Without a card: each script's own loop on fake CUDA tensors, which have a
 device and no data, so that an operation that mixes devices raises. They cannot show the backward
-pass, for which torch wants a driver (gradients are zeros here), and with it what --accum and
---grad-checkpointing compute again; nor NCCL, copies from pinned memory, events and streams,
-kernels, --compile, or any number, and so no scores.
+pass, for which torch wants a driver (gradients are zeros here), what --accum and
+--grad-checkpointing compute again, NCCL, pinned copies, events, kernels, --compile or any number.
 
-With a card: three steps of each script against the CPU's losses, a resumed run, two processes on
-two cards, and figures to send us: pytest -s tests/test_cuda.py. This half was written without a
-card and has never run on one.
+With a card, on which this half has never run: losses against the CPU's, a resumed run, two cards,
+and figures to send us: pytest -s tests/test_cuda.py.
 """
 import subprocess
 import sys

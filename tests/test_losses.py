@@ -132,15 +132,9 @@ def test_projections(clip, kind, d_in):
 def test_losses_at_the_greatest_scale_from_bf16_features(case):
     """tau = 100 and features rounded to bf16: values and gradients are finite, and what float64
     makes of the same numbers."""
-    g = torch.Generator().manual_seed(0)
-    n = 2 if case == "batch of 2" else 8
-    u, v = (torch.nn.functional.normalize(torch.randn(n, 16, generator=g), dim=1) for _ in "uv")
-    if case == "same images":
-        u = u[:1].expand(n, -1)
-    if case == "same captions":
-        v = v[[0, 0, 1, 1, 2, 2, 3, 3]]
-    if case == "opposite":
-        v = -u
+    u, v = features(8, 16, 0), features(8, 16, 1)
+    u, v = {"batch of 2": (u[:2], v[:2]), "same images": (u[:1].expand(8, -1), v),
+            "same captions": (u, v[[0, 0, 1, 1, 2, 2, 3, 3]]), "opposite": (u, -u)}[case]
 
     def losses(dtype):
         a, b = (x.bfloat16().to(dtype).requires_grad_() for x in (u, v))

@@ -8,10 +8,9 @@ A class is a shape with a pattern ("striped star"); fine-tuning sees 36 of 48. A
 in one of six styles. In the photographs of training and val colour gives the class away four times
 in five, in the other styles never: a robust method should not lean on it.
 
-    root/{train,val}        photographs of 36 classes, colour tied to class
+    root/{train,val}        photographs of 36 classes, colour tied to class; captions.tsv
     root/{sketch,cartoon,painting,graffiti,dark}    the shifts: those classes, any colour
     root/unseen             photographs of the 12 classes left out, any colour
-    root/captions.tsv       for each training image: its colour, size, class and background
     pool/                   image-text pairs in all styles and of all classes, for anchor.py
     clip/                   the CLIP, an open_clip `local-dir:`
 
@@ -59,9 +58,7 @@ SEEN = [c for c in CLASSES if c not in UNSEEN]
 TIE = 0.8                               # how often a training photograph has its class's own colour
 SIZE = 32
 
-
 # ---- drawing -------------------------------------------------------------------------------------
-
 def _shape(kind, x, y):
     """Signed distance (negative inside) of points x, y (n, S, S) from shapes of radius about 1."""
     def box(w, h):
@@ -175,9 +172,7 @@ def caption(style, name, colour, size, ground):
     behind = "a wall" if style == "graffiti" else list(BACKGROUNDS)[ground]
     return f"{what} of a {SIZES[size]} {list(COLOURS)[colour]} {name} on {behind}."
 
-
 # ---- the CLIP ------------------------------------------------------------------------------------
-
 VISION = {"image_size": SIZE, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32}
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
 MODEL_CFG = {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": TEXT}
@@ -238,9 +233,7 @@ def _clip():
     model.load_state_dict({**weights, "token_embedding.weight": table})
     return model
 
-
 # ---- the folder ----------------------------------------------------------------------------------
-
 CHUNK = 120                             # images drawn at once: small enough for a CPU's cache
 # folder: style, classes, images of each, how often the colour is the class's own
 SETS = {"train": ("photo", SEEN, 100, TIE), "val": ("photo", SEEN, 20, TIE),
