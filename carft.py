@@ -65,7 +65,7 @@ def main(argv=None):
     W_cls = torch.nn.Parameter(common.class_head(E))                                # (K, d)
     W_ctx = context_head(E)                                                         # (M, d)
     tau = model.logit_scale.exp().detach()
-    untuned = copy.deepcopy(model).requires_grad_(False)                            # for u0
+    untuned = copy.deepcopy(model).requires_grad_(False) if args.lam else None      # for u0
     model.requires_grad_(False).visual.requires_grad_(True)
     trained = [*model.visual.parameters(), W_cls]
     optimizer = torch.optim.AdamW(trained, weight_decay=args.wd, fused=True)
@@ -73,7 +73,8 @@ def main(argv=None):
     parts = {"visual": model.visual, "head": torch.nn.ParameterList([W_cls]),
              "optimizer": optimizer, "scaler": scaler}
     common.prepare_towers(model, args)                      # --compile, --grad-checkpointing
-    common.prepare_towers(untuned, args)
+    if args.lam:
+        common.prepare_towers(untuned, args)
 
     run = common.Run(args, [train, *sets])
     if "sets" in run.results:                               # --out holds this run, finished

@@ -149,7 +149,7 @@ def print_memory(name, n, measure):
     """GiB of a step on n images: `activations`, and in float32 the weights, those of a teacher or
     an untuned model, the gradients and two moments. With `measure` what CUDA gave out as well."""
     P, V, *_ = sizes(name)
-    fixed = {"FT": 8 * P + 12 * V, "CAR-FT": 8 * P + 12 * V, "CaRot": 20 * P}
+    fixed = {"FT": 4 * P + 12 * V, "CAR-FT": 8 * P + 12 * V, "CaRot": 20 * P}
     print(f"\n{name}, GiB for {n} images in bf16, counted{' (measured)' * measure}\n{'':<32}"
           + "".join(f"{method:>15}" for method in METHODS))
     for flag in ("--accum 1", "--accum 2", "--accum 4", "--accum 16",
