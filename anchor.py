@@ -181,7 +181,7 @@ def main(argv=None):
     add("--k", type=common.positive_int, default=1, help="pairs for each image (%(default)s)")
     add("--cap", type=common.weight, default=1.0, help="weight of the captions (%(default)s)")
     add("--ret", type=common.weight, default=1.0, help="weight of the pairs (%(default)s)")
-    args = common.parse(parser, argv)                       # without --data: of the toy
+    args = common.start(parser, argv)                       # without --data: draws the toy
 
     train, sets = common.read_data(args)                    # sets: val, then all others to score
     total = common.total_steps(args, len(train))

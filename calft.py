@@ -82,7 +82,7 @@ def main(argv=None):
     add("--sd", type=common.weight, default=1.5, help="of L_sd; 0: no teacher (%(default)s)")
     add("--cross-fnorm", type=common.weight, default=0.05, help="of L_cross (%(default)s)")
     add("--ema-every", type=common.positive_int, default=500, help="steps an update (%(default)s)")
-    args = common.parse(parser, argv)                       # without --data: of the toy
+    args = common.start(parser, argv)                       # without --data: draws the toy
 
     # data, model, teacher, optimiser
     train, sets = common.read_data(args)                    # sets: val, then all others to score

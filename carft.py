@@ -52,7 +52,7 @@ def main(argv=None):
     add = parser.add_argument_group("CAR-FT").add_argument
     add("--lam", type=common.weight, default=1.0, help="of the KL; 0: plain FT (%(default)s)")
     add("--reverse-kl", action="store_true", help="KL(p || p0) instead of KL(p0 || p)")
-    args = common.parse(parser, argv)                       # without --data: of the toy
+    args = common.start(parser, argv)                       # without --data: draws the toy
 
     # data, model, heads, optimiser
     train, sets = common.read_data(args)                    # sets: val, then all others to score

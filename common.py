@@ -90,8 +90,8 @@ def flags(doc, out, **recipe):
         parser.set_defaults(**recipe)
     return parser
 
-def parse(parser, argv):
-    """Flags of argv, without --data those of the toy, which is drawn. Joins torchrun's group."""
+def start(parser, argv):
+    """Parse argv, without --data for the toy, which is drawn; join the processes of torchrun."""
     args = parser.parse_args(argv)
     if args.data is None:
         sys.path.insert(0, join(dirname(abspath(__file__)), "tests"))
@@ -605,7 +605,7 @@ class Run:
     """The files in --out. results: the content of results.json; start: the step to begin with."""
     def __init__(self, args, sets, *texts):
         """Continue the run in --out or begin one; an error if it has other flags, data or texts."""
-        self.args, self.path, self.stopped = args, pathlib.Path(args.out), False
+        self.args, self.path, self.stopped, self.saved = args, pathlib.Path(args.out), False, 0
         about = [(s.name, s.paths.tolist(), s.classnames, s.templates, s.columns) for s in sets]
         digest = hashlib.sha256(repr((about, texts)).encode()).hexdigest()
         identity = {**vars(args), "data and texts": digest[:16]}
@@ -646,15 +646,16 @@ class Run:
             os.truncate(log, min(log.stat().st_size, self.checkpoint["log_bytes"]))
 
     def steps(self, loader, total):
-        """Yield (step, batch). A SIGTERM sets `stopped` in the first process; the step can end."""
+        """Yield (step, batch). SIGTERM sets `stopped`; once that step is saved the program ends."""
         def stop(*_):
             self.stopped = True
         signal.signal(signal.SIGTERM, stop if RANK == 0 else signal.SIG_IGN)
-        self.bar = tqdm(total=total, initial=self.start, desc=self.args.method, disable=RANK > 0)
-        for step, batch in zip(range(self.start, total), loader):
-            yield step, batch
-            self.bar.update()
-        self.bar.close()
+        with tqdm(None, self.args.method, total, initial=self.start, disable=RANK > 0) as self.bar:
+            for step, batch in zip(range(self.start, total), loader):
+                yield step, batch
+                self.bar.update()
+                if self.stopped and self.saved == step + 1:
+                    sys.exit(f"stopped by SIGTERM after step {step}; the same command continues")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def log(self, **values):
@@ -669,12 +670,11 @@ class Run:
                 f.write(json.dumps(line) + "\n")
 
     def save(self, step, parts):
-        """Write last.pt after `step` steps. Ends the program if stopped, or weights not finite."""
+        """Write last.pt: `parts` after `step` steps; an error if a weight is not finite."""
         if RANK == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             if not all(t.isfinite().all() for t in tree_leaves(state) if torch.is_tensor(t)):
                 sys.exit(f"error: weights are not finite after step {step - 1}; last.pt is kept")
             with open(self.path / "log.jsonl", "ab") as log, replacing(self.path / "last.pt") as f:
                 torch.save({**state, "step": step, "log_bytes": log.tell()}, f)
-            if self.stopped:
-                sys.exit(f"stopped by SIGTERM after step {step - 1}; the same command continues")
+            self.saved = step

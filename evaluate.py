@@ -94,8 +94,7 @@ def reliability(axis, confidence, correct, title):
     count = np.histogram(confidence, edges)[0]
     right = np.histogram(confidence, edges, weights=1.0 * correct)[0]
     colours = np.where(count < 10, "#bcd3ea", "#2b6cb0")    # few images say little: pale
-    axis.bar(edges[:-1], right / np.maximum(count, 1), 1 / 15, align="edge", color=colours,
-             ec="white")
+    axis.bar(edges[:-1], right / np.maximum(count, 1), 1 / 15, align="edge", color=colours, ec="w")
     axis.plot([0, 1], [0, 1], "k--", linewidth=1)
     axis.set(title=f"{title}: ECE {100 * common.ece(confidence, correct):.1f}", xlim=(0, 1),
              ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
@@ -103,9 +102,8 @@ def reliability(axis, confidence, correct, title):
 def plot(folder, columns, outcomes):
     """Draw PNGs: a reliability diagram of each model (of --wise the two ends), and val against
     shifts. outcomes: {title: {set: (confidence (n,), correct (n,))}}."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
     Path(folder).mkdir(parents=True, exist_ok=True)
     curves = {}
     for title, sets in outcomes.items():
@@ -171,7 +169,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.mean:
         return print_mean(args.mean)
-    args = common.parse(parser, argv)                       # without --data: of the toy
+    args = common.start(parser, argv)                       # without --data: draws the toy
     if Path(args.out, "args.json").is_file():
         sys.exit(f"error: --out {args.out} holds a run and its results.json; give another --out")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
