@@ -39,7 +39,7 @@ import common
 # ---- text-compensated anchor: captions of the training images ------------------------------------
 def read_captions(path, images, root):
     """Captions of every image of a set, [[caption, ...], ...]. The file: lines of
-    path in ROOT<TAB>caption, one or more for each image; others, as of val, are passed over."""
+    path in ROOT<TAB>caption, one or more for each image; those of other images are passed over."""
     captions = {os.fsdecode(p): [] for p in images.paths}
     for file, text in common.read_rows(path, "path", "caption"):
         file = os.path.join(root, file)
@@ -54,7 +54,7 @@ def read_captions(path, images, root):
 
 @torch.no_grad()
 def greedy_captions(coca, images, length=30, start=49406, end=49407):
-    """Greedy decoding: normalised images (n, 3, S, S) -> tokens (n, at most length), 0 behind the
+    """Greedy decoding: normalised images (n, 3, S, S) -> tokens (n, at most length), 0 after the
     end token. Each image is encoded once. open_clip's own `generate` fails with transformers 5."""
     latent, embeddings = coca._encode_image(images)
     tokens = torch.full((len(images), 1), start, device=images.device)
@@ -67,7 +67,7 @@ def greedy_captions(coca, images, length=30, start=49406, end=49407):
 
 def write_captions(path, name, images, args):
     """Caption a set by open_clip's CoCa `name` (NAME:TAG). Lines are appended to `path` as they
-    come; started again, it goes on behind the last whole line."""
+    come; started again, it goes on after the last whole line."""
     names = [os.path.relpath(os.fsdecode(p), args.data) for p in images.paths]
     lines = header = [f"path\tcaption by {name}\n"]
     if os.path.isfile(path):
@@ -100,8 +100,8 @@ def write_captions(path, name, images, args):
 
 # ---- image-text-pair anchor: a pool, and what is retrieved from it -------------------------------
 def open_pool(pattern):
-    """The image-text pairs of --pool, (ImageSet of m images, m texts): a TSV of path (relative to
-    it) and text, or img2dataset's shards, "x/{000..331}.tar"."""
+    """The image-text pairs of --pool, (ImageSet of m images, m texts). --pool: a TSV of path (in
+    the TSV's folder) and text, or img2dataset's shards, "x/{000..331}.tar"."""
     pairs, shards, base = [], [pattern], os.path.dirname(os.path.abspath(pattern))
     if not pattern.endswith(".tar"):
         rows, shards = common.read_rows(pattern, "path", "text"), []
@@ -134,7 +134,7 @@ def retrieve(query, pool, k):
     """Rows of pool (m, d) with the k greatest inner products with each row of query (n, d), best
     first: (n, k) long. Brute force, exact, in float32, on the device of `query`, by blocks of
     4096 x 32768 scores (0.5 GiB). ImageNet against CC3M (n = 1.28, m = 3.3 million, d = 512): 10.5
-    hours on two CPU cores (measured by the block), two minutes at 40 TFLOP/s (computed)."""
+    hours on two CPU cores (extrapolated from a block), two minutes at 40 TFLOP/s (computed)."""
     k = min(k, len(pool))
     best = torch.full((len(query), k), -math.inf, device=query.device)
     index = torch.full((len(query), k), -1, device=query.device)

@@ -17,8 +17,8 @@
 Both towers and tau are trained, and the student is the result. The paper bounds error and
 calibration error under shift by the calibration error on the training distribution, which the
 teacher's soft targets lower, and by 1 / sigma_min of the image features' covariance, which L_oc
-keeps small. Where they differ we follow the released code, not the paper, which squares the norm
-in L_oc and, as far as we know it, has no L_cross.
+keeps small. Where paper and released code differ we follow the code: the paper squares the norm
+in L_oc and, as far as we know, has no L_cross.
 
     python calft.py                                                # the toy
     torchrun --nproc_per_node 8 calft.py --data /imagenet          # the released recipe, eight GPUs
@@ -34,7 +34,7 @@ import common
 
 # ---- the loss ------------------------------------------------------------------------------------
 def orthogonality(W):
-    """L_oc of W (d_in, d): scalar. The norm is not squared: the weight 0.2 belongs to that."""
+    """L_oc of W (d_in, d): scalar. The norm is not squared; the default weight 0.2 is for this."""
     return torch.linalg.norm(W.T @ W - torch.eye(W.shape[1], device=W.device, dtype=W.dtype))
 
 def self_distillation(student_logits, teacher_logits):
@@ -81,7 +81,7 @@ def main(argv=None):
     add("--oc", type=common.weight, default=0.2, help="weight of L_oc (%(default)s)")
     add("--sd", type=common.weight, default=1.5, help="of L_sd; 0: no teacher (%(default)s)")
     add("--cross-fnorm", type=common.weight, default=0.05, help="of L_cross (%(default)s)")
-    add("--ema-every", type=common.positive_int, default=500, help="steps an update (%(default)s)")
+    add("--ema-every", type=common.positive_int, default=500, help="steps per update (%(default)s)")
     args = common.start(parser, argv)                       # without --data: draws the toy
 
     # data, model, teacher, optimiser

@@ -11,10 +11,10 @@
     p, p0 (N, M)     softmax(tau u W_ctx^T), softmax(tau u0 W_ctx^T)
 
 Plain fine-tuning unlearns in what context an image stands ("a sketch of a", "a photo of a"), and
-robustness goes with it; the KL term keeps the untuned model's view of it. The image tower and W_cls
+robustness is lost with it; the KL term keeps the untuned model's view. The image tower and W_cls
 are trained; the text tower only makes E, and the heads of sets with other classes. No code was
-released: ours are the direction of the KL (--reverse-kl turns it), lam = 1, the fixed tau, W_cls
-off the unit sphere, and the recipe, which is that of FLYP (Goyal et al., 2023).
+released: our choices are the direction of the KL (--reverse-kl turns it), lam = 1, the fixed tau,
+not normalising W_cls again in training, and FLYP's recipe (Goyal et al., 2023).
 
     python carft.py                                                # the toy
     torchrun --nproc_per_node 8 carft.py --data /imagenet          # ImageNet, on eight GPUs
@@ -36,7 +36,7 @@ def context_head(E):
     return F.normalize(E.mean(0), dim=-1)
 
 def context_kl(zero_shot_logits, logits):
-    """KL(p0 || p) of two (N, M), mean over the batch: scalar. Exchanged, they give KL(p || p0)."""
+    """KL(p0 || p) of logits (N, M), mean over the batch: scalar. Swap the two for KL(p || p0)."""
     log_p0, log_p = zero_shot_logits.log_softmax(-1), logits.log_softmax(-1)        # (N, M)
     return (log_p0.exp() * (log_p0 - log_p)).sum(-1).mean()
 
@@ -50,7 +50,7 @@ def cosine_lr(step, total, warmup, peak):
 def main(argv=None):
     parser = common.flags(__doc__, "out/carft", epochs=10, lr=1e-5, wd=0.1, warmup=500)   # FLYP's
     add = parser.add_argument_group("CAR-FT").add_argument
-    add("--lam", type=common.weight, default=1.0, help="of the KL; 0: plain FT (%(default)s)")
+    add("--lam", type=common.weight, default=1.0, help="weight of KL; 0: plain FT (%(default)s)")
     add("--reverse-kl", action="store_true", help="KL(p || p0) instead of KL(p0 || p)")
     args = common.start(parser, argv)                       # without --data: draws the toy
 

@@ -63,14 +63,14 @@ def flags(doc, out, **recipe):
     add("--data", metavar="ROOT", type=abspath, help="has train/, val/ and shifts (the toy)")
     add("--train", nargs="+", default=["train"], metavar="DIR", help="training folders in ROOT")
     add("--val", metavar="DIR", help="validation folder in ROOT (val, if there is one)")
-    add("--val-frac", type=fraction, default=0.2, help="held out, if there is none (%(default)s)")
+    add("--val-frac", type=fraction, default=0.2, help="held out if there is no val (%(default)s)")
     add("--eval", nargs="+", default=[], metavar="DIR", help="more image folders to score")
     add("--model", default="ViT-B-16-quickgelu", help="name or local-dir:PATH (%(default)s)")
     add("--pretrained", default="openai", help="tag, file, or '' for random weights (%(default)s)")
     add = parser.add_argument_group("machine and files").add_argument
     add("--out", default=out, help="folder of everything that is written (%(default)s)")
     add("--batch-size", type=positive_int, default=512, help="of all processes (%(default)s)")
-    add("--workers", type=natural, default=min(8, os.cpu_count()), help="loaders (%(default)s)")
+    add("--workers", type=natural, default=min(8, os.cpu_count()), help="per process (%(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], default=precision, help="(%(default)s)")
     add("--seed", type=natural, default=0, help="of all randomness (%(default)s)")
     if recipe:
@@ -91,7 +91,7 @@ def flags(doc, out, **recipe):
     return parser
 
 def start(parser, argv):
-    """Parse argv, without --data for the toy, which is drawn; join the processes of torchrun."""
+    """Parse argv; without --data draw the toy and take its defaults; join torchrun's processes."""
     args = parser.parse_args(argv)
     if args.data is None:
         sys.path.insert(0, join(dirname(abspath(__file__)), "tests"))
@@ -116,7 +116,7 @@ def say(message):
 
 def gather(x):
     """Rows of all processes: (n, ...) -> (N, ...), for a loss of the whole batch in each process.
-    The gradient of the own rows is scaled by WORLD, which average_gradients divides out."""
+    Gradient reaches this process's rows alone, times WORLD; average_gradients divides by that."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
@@ -145,8 +145,8 @@ def total_steps(args, n):
 # ---- data: image folders as sets, images as crops ------------------------------------------------
 @dataclass
 class ImageSet:
-    """Image files, labels, and how classes are called and scored: class k by the greatest logit of
-    its training classes, columns[k], mostly one; where columns is None, by a head of the set."""
+    """Images, labels, class names, prompts. The logit of class k is the greatest of the logits of
+    the training classes columns[k] (usually one); if columns is None, the set has its own head."""
     name: str                                               # its row in the table
     classes: list                                           # K folder names
     classnames: list                                        # K names as prompts say them
@@ -191,8 +191,8 @@ def read_rows(path, *columns):
     return rows[1:] if rows and rows[0][0] == columns[0] == "path" else rows
 
 def find_texts(classes, folders, templates):
-    """Class names: classnames.txt in the first of `folders` that names the class > OpenAI's name
-    of a wnid > the folder's name with _ as space. Prompts: templates.txt > `templates`."""
+    """Class names: from classnames.txt of the first of `folders` to name the class, else OpenAI's
+    for a wnid, else the folder's with _ as space. Prompts: templates.txt, else `templates`."""
     names = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
     for folder in reversed(folders):
         if isfile(join(folder, "classnames.txt")):
@@ -204,9 +204,9 @@ def find_texts(classes, folders, templates):
     return [names.get(c, c.replace("_", " ")) for c in classes], templates
 
 def read_sets(name, path, train, nested=True):
-    """The evaluation sets of a folder: itself, or every image folder in it (ImageNet-C). Which
-    training class a folder is: classes.txt (folder<TAB>training class[;training class...]) > its
-    name > its number, if they are exactly 0 to K-1 (ImageNet-V2)."""
+    """The evaluation sets of a folder: itself, or each image folder in it (ImageNet-C). A class
+    folder's training class: by classes.txt (folder<TAB>training class[;training class...]), else
+    by its name, else by its number, if the folders are exactly 0 to K-1 (ImageNet-V2)."""
     found, inside = scan(path), subfolders(path)
     if not found and not nested:
         say(f"{path} is no image folder and not scored; --eval scores those inside it")
@@ -241,7 +241,7 @@ def read_data(args):
         sys.exit(f"error: {folders[0]} needs images of two classes at least, in <class>/*.jpg")
     if args.val or isdir(val):
         of_val = scan(val)
-    else:                                                   # hold out the first by a hash of names
+    else:                                                   # hold out the first in order of a hash
         of_val, seed = {}, b"%d " % args.seed
         for c, paths in of_train.items():
             order = sorted(paths, key=lambda path: hashlib.md5(seed + basename(path)).digest())
@@ -260,15 +260,15 @@ def read_data(args):
             sets += read_sets(name, join(args.data, name), train, nested=False)
     for path in map(abspath, args.eval):
         taken = ["test", *(s.name.split("/")[0] for s in sets)]
-        depth = 2 if basename(path) in taken else 1         # 2: the name has its parent's too
+        depth = 2 if basename(path) in taken else 1         # 2: the parent's name goes before it
         sets += read_sets("/".join(path.split("/")[-depth:]), path, train)
     if len({s.name for s in sets}) < len(sets):
         sys.exit("error: --eval has two folders of the same name in folders of the same name")
     return train, sets
 
 def read_image(path):
-    """Decode a file, or bytes of a tar, "x.tar:OFFSET:SIZE": uint8 RGB (3, H, W), True; or if it
-    cannot be read or would fill the memory, black, False. Orientation tags are ignored."""
+    """Decode a file or part of a tar, "x.tar:OFFSET:SIZE": (uint8 RGB (3, H, W), True), or (black,
+    False) if it cannot be read or would fill the memory. Orientation tags are ignored."""
     path = os.fsdecode(path)
     file, offset, size = path.rsplit(":", 2) if ".tar:" in path else (path, 0, -1)
     try:
@@ -290,8 +290,8 @@ def read_image(path):
 
 class TrainImages(torch.utils.data.Dataset):
     """An endless data set: place p is image p mod n of epoch p // n, each epoch in a new order. An
-    item: crop uint8 (3, S, S), label, row, a random number, and the row drawn if it could not be
-    read and the next stands in, else -1. All is a function of (seed, epoch, row drawn)."""
+    item: crop uint8 (3, S, S), label and row of the image read, a random number, and the row drawn
+    if that was unreadable (the next image stands in), else -1; all by (seed, epoch, row drawn)."""
     def __init__(self, images, preprocess, seed):
         self.images, self.preprocess, self.seed, self.epoch = images, preprocess, seed, -1
 
@@ -322,7 +322,7 @@ class EvalImages(torch.utils.data.Dataset):
         return [preprocess(image) for preprocess in self.preprocesses], -1 if readable else i
 
 def outlive_sigterm(_):
-    """Workers get a scheduler's SIGTERM too, and live half a minute on, so that a step can end."""
+    """A scheduler's SIGTERM reaches workers too; they live 30 s more, so that the step can end."""
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -350,9 +350,9 @@ def train_loader(images, preprocess, args, start, total, batch_size=None, seed=N
 # ---- models, features, heads, losses -------------------------------------------------------------
 def load_model(name, pretrained, device=DEVICE):
     """An open_clip model in float32, preprocess_train, preprocess_val: uint8 (3, H, W) -> uint8 (3,
-    S, S), and tokenizer. Where open_clip only warns, of another activation, this is an error."""
+    S, S), and tokenizer. A tag of the other activation (QuickGELU) is an error, not a warning."""
     try:
-        pretrained = "" if ":" in name else pretrained      # local-dir:, hf-hub:
+        pretrained = "" if ":" in name else pretrained      # local-dir:, hf-hub: have their own
         config, others = open_clip.get_model_config(name), ", ".join(open_clip.list_models())
         if config is None or config["text_cfg"].get("hf_tokenizer_name"):
             raise ValueError(f"unknown, or a Hugging Face text tower; try local-dir:PATH, {others}")
@@ -365,7 +365,7 @@ def load_model(name, pretrained, device=DEVICE):
             raise ValueError(f"its resize mode, {crops['resize_mode']}, is not supported")
     except Exception as e:                                  # no network, a broken file: many kinds
         sys.exit(f"error: --model {name} --pretrained {pretrained}: {' '.join(str(e).split())}")
-    model.eval()        # also in training: BatchNorm and stochastic depth would see the batch's cut
+    model.eval()        # in training too, else BatchNorm and drop path vary with the batch's split
     size, how = int(np.ravel(model.visual.image_size)[0]), InterpolationMode(crops["interpolation"])
     crop = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=how)
     resize = v2.Resize(size if crops["resize_mode"] == "shortest" else [size, size], how)
@@ -472,7 +472,7 @@ def contrastive_loss(image_features, text_features, logit_scale):
 # ---- scores and the table ------------------------------------------------------------------------
 def ece(confidence, correct, bins=15):
     """Expected calibration error of a whole set (Guo et al., 2017), in [0, 1]: the sum over equal
-    bins of confidence of n_bin/n * |accuracy - confidence|. Both (n,); correct is 0 or 1."""
+    confidence bins of n_bin/n * |accuracy - confidence|. Both (n,); correct is 0 or 1."""
     confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
     gap = np.bincount(bin_of, correct - confidence, minlength=bins)     # n_bin * (acc. - conf.)
@@ -495,7 +495,7 @@ def image_features(models, preprocesses, sets, args, title, skip=False, precisio
     """Features of images decoded once for all models: for each model a list with (n, d) for each
     set, on the CPU. An unreadable image ends the program, or with `skip` has NaN features."""
     data, parts, n = EvalImages(sets, preprocesses), [[] for _ in models], sum(map(len, sets))
-    places = [i % n for i in range(RANK, n + -n % WORLD, WORLD)]        # as many in each process
+    places = [i % n for i in range(RANK, n + -n % WORLD, WORLD)]        # padded to equal shares
     batches = loader(data, args.batch_size, places, args)
     for crops, failed in tqdm(batches, title, leave=False, disable=RANK > 0):
         if failed.max() >= 0 and not skip:
@@ -597,7 +597,7 @@ def export(model, name, path):
     write(join(path, "open_clip_model.safetensors"), model.state_dict())
     write(join(path, "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": images})
 
-# Flags that do not change a run; the last three do by rounding only.
+# Flags that may differ when a run continues; the last three change its rounding, nothing else.
 FREE = "out workers log_every save_every eval_every overwrite accum compile grad_checkpointing"
 FILES = "results.json last.pt log.jsonl model teacher head.safetensors features.safetensors".split()
 
@@ -642,7 +642,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint.pop(name))
         log = self.path / "log.jsonl"
-        if RANK == 0 and log.exists():                      # later steps come again
+        if RANK == 0 and log.exists():                      # steps after last.pt are logged again
             os.truncate(log, min(log.stat().st_size, self.checkpoint["log_bytes"]))
 
     def steps(self, loader, total):
@@ -659,7 +659,7 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def log(self, **values):
-        """Log numbers or scalar tensors, a step too. Ends the program if one is not finite."""
+        """Log numbers or scalar tensors, `step` among them; exit if one is not finite."""
         line = {k: v.item() if torch.is_tensor(v) else v for k, v in values.items()}
         if not all(map(math.isfinite, line.values())):
             sys.exit(f"error: loss not finite at step {line['step']}; last.pt is kept. Lower --lr?")

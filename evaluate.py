@@ -160,7 +160,7 @@ def main(argv=None):
     add("--model", nargs="+", default=["ViT-B-16-quickgelu"], help="runs, names, local-dir:PATH")
     add("--wise", nargs="+", type=common.number_type(float, -9, 9), metavar="ALPHA",
         help="mix weights with the model a run was tuned from: 0 is that model, 1 the tuned one")
-    add("--temperature", choices=["fit"], help="show each model with one fitted on val, too")
+    add("--temperature", choices=["fit"], help="also show each model at a T fitted on val")
     add("--sigma-min", action="store_true", help="of val's standardised feature covariance")
     add("--predictions", metavar="DIR", help="path, label, prediction and confidence of all images")
     add("--plot", metavar="DIR", help="reliability diagrams, and val against shifts")
