@@ -56,7 +56,7 @@ def flags(doc, out, **recipe):
     parser = argparse.ArgumentParser(description=doc, conflict_handler="resolve",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}")
-    parser.set_defaults(method=doc.split(":")[0])
+    parser.set_defaults(method=doc.split(":")[0], **recipe)
     bf16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = "bf16" if bf16 else "fp16" if DEVICE.type == "cuda" else "fp32"
     add = parser.add_argument_group("data and model").add_argument
@@ -87,7 +87,6 @@ def flags(doc, out, **recipe):
         add("--lr", type=weight, help="peak learning rate of AdamW (%(default)s)")
         add("--wd", type=weight, help="weight decay of every parameter (%(default)s)")
         add("--warmup", type=natural, help="steps up to --lr, then cosine to 0 (%(default)s)")
-        parser.set_defaults(**recipe)
     return parser
 
 def start(parser, argv):
@@ -207,14 +206,14 @@ def read_sets(name, path, train, nested=True):
     """The evaluation sets of a folder: itself, or each image folder in it (ImageNet-C). A class
     folder's training class: by classes.txt (folder<TAB>training class[;training class...]), else
     by its name, else by its number, if the folders are exactly 0 to K-1 (ImageNet-V2)."""
-    found, inside = scan(path), subfolders(path)
+    found = scan(path)
     if not found and not nested:
         say(f"{path} is no image folder and not scored; --eval scores those inside it")
         return []
-    if not inside:
+    if not found and not subfolders(path):
         sys.exit(f"error: {path} holds no images (expected {path}/<class>/*.jpg)")
     if not found:
-        return [s for d in inside for s in read_sets(f"{name}/{d}", join(path, d), train)]
+        return [s for d in subfolders(path) for s in read_sets(f"{name}/{d}", join(path, d), train)]
     trained = {c: [k] for k, c in enumerate(train.classes)}
     numbers = {str(k): [k] for k in range(len(trained))}
     index = {**(numbers if set(found) == set(numbers) else {}), **trained}
@@ -505,8 +504,9 @@ def image_features(models, preprocesses, sets, args, title, skip=False, precisio
                 u = encode_image(model, to_input(model, x)).cpu()                   # (batch, d)
             part.append(u.masked_fill(failed[:, None] >= 0, math.nan))
     for k, part in enumerate(parts):                        # row i is of process i % WORLD
-        u = gather(torch.cat(part).to(DEVICE)).unflatten(0, (WORLD, -1)).transpose(0, 1)
-        parts[k] = u.flatten(0, 1)[:n].cpu().split([len(s) for s in sets])
+        u = gather(torch.cat(part).to(DEVICE if WORLD > 1 else "cpu")).cpu()
+        u = u.unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1)[:n]
+        parts[k] = u.split([len(s) for s in sets])
     return parts
 
 def set_logits(model, tokenizer, sets, features, head=None):

@@ -214,10 +214,9 @@ def bench_input(args):
     torch.set_num_threads(1)
     photos, (_, crop, _, _) = write_photos(), common.load_model("ViT-B-16", "")
     _, peer, _ = open_clip.create_model_and_transforms("ViT-B-16", aug_cfg={"scale": (0.9, 1.0)})
-
-    load = partial(partial, load_all, photos)
     compare("500 x 375 JPEGs to 224 crops, one core", 64, args.rounds,
-            ours=load(crop, read_image), open_clip=load(peer, Image.open))
+            ours=partial(load_all, photos, crop, read_image),
+            open_clip=partial(load_all, photos, peer, Image.open))
 
 def bench_loader(args):
     photos, (_, crop, _, _) = write_photos(), common.load_model("ViT-B-16", "")

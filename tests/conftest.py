@@ -90,7 +90,7 @@ def assert_processes_are_one(script, root, model, tmp_path, *flags, steps=5):
     for out in (tmp_path / "one", tmp_path / "two"):
         lines.append(log(out) + log(out, epochs=True))
         tables.append(common.read_json(out / "results.json")["sets"])
-        state = torch.load(out / "last.pt")["optimizer"]["state"]
+        state = torch.load(out / "last.pt", weights_only=True)["optimizer"]["state"]
         averages.append([state[k]["exp_avg"] for k in state])           # of all steps' gradients
     for a, b in zip(*lines, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6)

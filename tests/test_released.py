@@ -131,7 +131,8 @@ def test_loop(tiny_root, clip, monkeypatch, tmp_path, clone, kind, tau, slack, o
         apart(*(dict(zip(dict(model.named_parameters()), g, strict=True)) for g in both))
         for both in zip(seen.grads, their.grads, strict=True))}
     files = ["model", "teacher"] if args["sd"] else ["model"]
-    far |= {which: apart(weights("ours", which), torch.load(which)) for which in files}
+    far |= {which: apart(weights("ours", which), torch.load(which, weights_only=True))
+            for which in files}
     print(f"\n{clone}, {kind}, tau {tau:.0f}:", {k: f"{v:.1e}" for k, v in far.items()})
     assert seen.groups == their.groups and seen.lrs == pytest.approx(their.lrs, 1e-14, 0)
     assert all(v <= slack * BOUNDS[k] for k, v in far.items())
