@@ -29,6 +29,7 @@ import toy as the_toy
 from bench import METHODS, REPO, system
 
 sys.path.insert(0, REPO)
+import common  # noqa: E402
 import evaluate  # noqa: E402
 
 BASELINES = {"CAR-FT": "FT", "CaRot": "FLYP", "ARF": "FLYP"}
@@ -48,10 +49,6 @@ CORRUPTIONS = {
     "grey": partial(F.rgb_to_grayscale, num_output_channels=3)}
 
 # ---- runs ----------------------------------------------------------------------------------------
-def results_of(folder):
-    file = Path(folder, "results.json")
-    return json.loads(file.read_text()) if file.is_file() else {}
-
 def run(args, name, command):
     """Run [script, flag, ...] in --out/<name>, unless that is finished; its results.json."""
     out = Path(args.out, name.replace(" ", "_"))
@@ -60,7 +57,7 @@ def run(args, name, command):
         (out / "command.json").write_text(json.dumps(command))
     if json.loads((out / "command.json").read_text()) != command:
         sys.exit(f"error: {out} holds a run of another command; give another --out, or remove it")
-    if set(results_of(out)) <= {"zero_shot"}:               # nothing, or a run's beginning
+    if set(common.read_json(out / "results.json")) <= {"zero_shot"}:        # not finished
         done = subprocess.run([sys.executable, f"{command[0]}.py", *command[1:], "--out", str(out)],
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=REPO,
                               capture_output=True)
@@ -68,7 +65,7 @@ def run(args, name, command):
             sys.exit(f"error: {name} failed: {done.stderr.decode()[-2000:]}")
         (out / "last.pt").unlink(missing_ok=True)           # the largest file, of no more use
         print(f"  {name}", file=sys.stderr)
-    return results_of(out)
+    return common.read_json(out / "results.json")
 
 def run_all(args, commands):
     """{name: command} -> {name: results}, --jobs at a time."""
@@ -94,7 +91,7 @@ def claims(rows, measures):
     print("\nDifferences by seed:\n")
     shown = {}
     for a, b in BASELINES.items():
-        for measure in measures:
+        for measure in measures if a in rows else ():       # without a pool there is no ARF
             d = rows[a][measure] - rows[b][measure]
             better = (d < 0).sum() if measure.lower().endswith("ece") else (d > 0).sum()
             shown.setdefault(f"{a} over {b}", []).append(
@@ -117,7 +114,6 @@ def root(args):
     steps, seeds = steps // 64, range(args.seeds)
     own = {"CaRot": ["--ema-every", str(steps // 50)], "ARF": ["--pool", args.pool]}
     methods = [m for m in METHODS if m != "ARF" or args.pool]
-    shared = ["--data", args.root, "--workers", "0"]
     commands = {f"{m} at {args.lr}-{s}": [
         *METHODS[m], *own.get(m, []), "--model", args.model, "--batch-size", "64", "--epochs",
         str(args.epochs), "--workers", "0", "--warmup", str(steps // 10), "--save-every", "100000",
@@ -138,8 +134,9 @@ def root(args):
     curves = {}                                             # {method: [results by seed] by weight}
     for m in methods:
         runs = [f"{args.out}/{m}_at_{args.lr}-{s}" for s in seeds]
+        wise = ["--wise", *WEIGHTS, "--model", *runs]
         mixed = run(args, f"wise-{m}-{args.seeds}",
-                    ["evaluate", *shared, "--wise", *WEIGHTS, "--model", *runs]).values()
+                    ["evaluate", "--data", args.root, "--workers", "0", *wise]).values()
         curves[m] = [[zero_shot], *([r for r in mixed if r["alpha"] == float(w)] for w in WEIGHTS),
                      [results[f"{m} at {args.lr}-{s}"] for s in seeds]]
     markdown(["0", *WEIGHTS, "1"], {m: [" / ".join(
@@ -167,9 +164,8 @@ def corrupt(args):
 def draw(args, curves):
     """Write --figures/robustness.png, WiSE-FT's curves and the shifts' ECE, and reliability.png,
     of FLYP and CaRot on the first shift, seed 0."""
-    import matplotlib
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    plt.switch_backend("Agg")
     colours = dict(zip(METHODS, ("#666666", "#0072b2", "#e69f00", "#009e73", "#cc79a7")))
 
     def stat(point, name, measure):
@@ -190,8 +186,8 @@ def draw(args, curves):
         height = max(height + 0.8, y[-1][0] - 0.2)
         left.text(x[-1][0] + 0.8, height, m, color=colours[m], weight="bold")
     for m in curves:
-        right.barh(m, *stat(curves[m][-1], "shift mean", "ece")[:1], color=colours[m],
-                   xerr=stat(curves[m][-1], "shift mean", "ece")[1], capsize=3)
+        mean, error = stat(curves[m][-1], "shift mean", "ece")
+        right.barh(m, mean, xerr=error, color=colours[m], capsize=3)
     corner = stat(zero_shot, "val", "top1")[0], stat(zero_shot, "shift mean", "top1")[0]
     left.plot(*corner, "k*", markersize=14)
     left.text(corner[0] + 0.2, corner[1] - 1, "zero-shot", weight="bold")
