@@ -6,15 +6,15 @@
     CE2(S)         (CE(S) + CE(S^T)) / 2, CLIP's contrastive loss: row i belongs to column i
     u, v (N, d)    features of a batch of images and of their class names in a random template
     c (N, d)       features of captions of the same images: the text-compensated anchor
-    a, b (R, d)    features of image-text pairs retrieved from a pool before training, drawn anew
-                   each step: the image-text-pair anchor; R = N, or all pairs if they are fewer
+    a, b (R, d)    features of R image-text pairs, drawn each step from those retrieved before
+                   training: the image-text-pair anchor; R = N, or all if there are fewer
     tau            exp(logit_scale). All features are L2-normalised, by the model being tuned
 
 "a photo of a [CLASS]" says little, and tuning on it alone forgets the rest. The anchors are richer
 text to contrast with: captions, and pairs like those of CLIP's pretraining. Both towers and tau are
 trained; the result is a CLIP. No code was released. From the paper: the three terms, a pretrained
-captioner (BLIP-2; here open_clip's CoCa), retrieval for the task. Ours: weights of 1, the k = 1
-nearest pairs by image features of the untuned model, and FLYP's recipe (Goyal et al., 2023).
+captioner (BLIP-2; here open_clip's CoCa), and pairs retrieved for the task. Ours: weights of 1, the
+k = 1 nearest pairs by the untuned model's image features, FLYP's recipe (Goyal et al., 2023).
 
     python anchor.py                                               # the toy
     python anchor.py --data /imagenet --captions captions.tsv --pool '/cc3m/{00000..00331}.tar'
@@ -75,7 +75,7 @@ def write_captions(path, name, images, args):
             lines = [line for line in f if line.endswith("\n")] or header
     done = len(lines) - 1
     if lines[:1] != header or [line.split("\t")[0] for line in lines[1:]] != names[:done]:
-        sys.exit(f"error: {path} is not by --caption-model {name} on these images; give another "
+        sys.exit(f"error: {path} is by another --caption-model or of other images; give another "
                  "--captions, or drop --caption-model to use it as it is")
     with common.replacing(path) as f:                       # drops a line that a kill has cut
         f.write("".join(lines).encode())
@@ -210,7 +210,7 @@ def main(argv=None):
     run = common.Run(args, [train, *sets, *pools], captions, pool_texts)
     if "sets" in run.results:                               # --out holds this run, finished
         return run.report()
-    if not run.results:                                     # early, so that a bad image shows now
+    if not run.results:                                     # here, so that a bad file shows early
         run.add_results({"zero_shot": common.evaluate(model, tokenizer, preprocess, sets, args)})
     if use_cap:
         caption_tokens = common.tokenize(tokenizer, list(itertools.chain(*captions)))
@@ -234,14 +234,15 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, total, args.warmup, args.lr)
         images, labels, rows, draws = batch
+        template, caption = draws % M, draws // M                                   # (n,)
         images, tau = common.to_input(model, images), model.logit_scale.exp()       # (n, 3, H, W)
         with common.autocast(args.precision):
             u = common.encode_image(model, images, args.accum)                      # (n, d)
-            v = common.encode_text(model, tokens[labels, draws % M], args.accum)    # (n, d)
+            v = common.encode_text(model, tokens[labels, template], args.accum)     # (n, d)
         loss = common.contrastive_loss(u, v, tau)
         terms = {"contrastive": loss}
         if use_cap:
-            caption = first[rows] + draws // M % count[rows]                        # (n,)
+            caption = first[rows] + caption % count[rows]                           # (n,)
             with common.autocast(args.precision):
                 c = common.encode_text(model, caption_tokens[caption], args.accum)  # (n, d)
             terms["captions"] = common.contrastive_loss(u, c, tau)
@@ -264,7 +265,7 @@ def main(argv=None):
 
         if step % args.log_every == 0 or step + 1 == total:
             run.log(step=step, loss=loss, **terms, lr=group["lr"])
-        images_seen = (step + 1) * args.batch_size
+        images_seen = (step + 1) * args.batch_size          # val, where an epoch ends in a batch:
         if args.eval_every and images_seen % (args.eval_every * len(train)) < args.batch_size:
             val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)
             run.log(step=step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})

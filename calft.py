@@ -15,10 +15,10 @@
                       theta_ema <- m theta_ema + (1 - m) theta, where m rises from 0.05 to 0.9
 
 Both towers and tau are trained, and the student is the result. The paper bounds error and
-calibration error under shift by the calibration error on the training distribution, which the
-teacher's soft targets lower, and by 1 / sigma_min of the image features' covariance, which L_oc
-keeps small. Where paper and released code differ we follow the code: the paper squares the norm
-in L_oc and, as far as we know, has no L_cross.
+calibration error under shift by two terms: calibration error on the training distribution, which
+the teacher's soft targets lower, and 1 / sigma_min of the image features' covariance, which L_oc
+lowers. Where paper and released code differ we follow the code: the paper squares the norm in L_oc,
+and L_cross stands in the code alone, without a reason.
 
     python calft.py                                                # the toy
     torchrun --nproc_per_node 8 calft.py --data /imagenet          # the released recipe, eight GPUs
@@ -38,8 +38,8 @@ def orthogonality(W):
     return torch.linalg.norm(W.T @ W - torch.eye(W.shape[1], device=W.device, dtype=W.dtype))
 
 def self_distillation(student_logits, teacher_logits):
-    """L_sd of S (N, N) and S_ema (N, N): scalar. It is the sum of two directions, where CE2 is the
-    mean. The paper writes KL divergences; their gradient is the same."""
+    """L_sd of S (N, N) and S_ema (N, N): scalar. The two directions are summed, while CE2
+    takes their mean. The paper writes KL divergences; their gradient is the same."""
     def H(target, logits):
         return -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
     return H(teacher_logits, student_logits) + H(teacher_logits.T, student_logits.T)
@@ -93,7 +93,7 @@ def main(argv=None):
     if args.oc and not has_W_v or args.cross_fnorm and not (has_W_v and has_W_t):
         sys.exit(f"error: {args.model} does not end in linear projections; --oc 0 --cross-fnorm 0?")
     if args.sd and args.ema_every >= total:
-        common.say(f"warning: --ema-every {args.ema_every} in {total} steps: one update")
+        common.say(f"warning: --ema-every {args.ema_every} in {total} steps: one teacher update")
     tokens = common.prompts(tokenizer, train.classnames, train.templates)           # (K, M, L)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.wd, fused=True)
     scaler = torch.amp.GradScaler(common.DEVICE.type, enabled=args.precision == "fp16")
@@ -106,7 +106,7 @@ def main(argv=None):
     run = common.Run(args, [train, *sets])
     if "sets" in run.results:                               # --out holds this run, finished
         return run.report()
-    if not run.results:                                     # early, so that a bad image shows now
+    if not run.results:                                     # here, so that a bad file shows early
         run.add_results({"zero_shot": common.evaluate(model, tokenizer, preprocess, sets, args)})
     run.restore(parts)                                      # the checkpoint, if there is one
 
@@ -151,7 +151,7 @@ def main(argv=None):
 
         if step % args.log_every == 0 or step + 1 == total:
             run.log(step=step, loss=loss, **terms, lr=group["lr"])
-        images_seen = (step + 1) * args.batch_size
+        images_seen = (step + 1) * args.batch_size          # val, where an epoch ends in a batch:
         if args.eval_every and images_seen % (args.eval_every * len(train)) < args.batch_size:
             val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)
             run.log(step=step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})

@@ -10,9 +10,9 @@
     W_ctx (M, d)     normalised mean of E over classes: a classifier of contexts, fixed
     p, p0 (N, M)     softmax(tau u W_ctx^T), softmax(tau u0 W_ctx^T)
 
-Plain fine-tuning unlearns in what context an image stands ("a sketch of a", "a photo of a"), and
-robustness is lost with it; the KL term keeps the untuned model's view. The image tower and W_cls
-are trained; the text tower only makes E, and the heads of sets with other classes. No code was
+Plain fine-tuning forgets which context an image is in ("a sketch of a", "a photo of a"), and loses
+robustness with it; the KL term keeps the untuned model's view. The image tower and W_cls are
+trained; the text tower only makes E, and the heads of sets with other classes. No code was
 released: our choices are the direction of the KL (--reverse-kl turns it), lam = 1, the fixed tau,
 not normalising W_cls again in training, and FLYP's recipe (Goyal et al., 2023).
 
@@ -79,7 +79,7 @@ def main(argv=None):
     run = common.Run(args, [train, *sets])
     if "sets" in run.results:                               # --out holds this run, finished
         return run.report()
-    if not run.results:                                     # early, so that a bad image shows now
+    if not run.results:                                     # here, so that a bad file shows early
         zero_shot = common.evaluate(model, tokenizer, preprocess, sets, args, W_cls)
         run.add_results({"zero_shot": zero_shot})
     run.restore(parts)                                      # the checkpoint, if there is one
@@ -112,7 +112,7 @@ def main(argv=None):
 
         if step % args.log_every == 0 or step + 1 == total:
             run.log(step=step, loss=loss, **terms, lr=group["lr"])
-        images_seen = (step + 1) * args.batch_size
+        images_seen = (step + 1) * args.batch_size          # val, where an epoch ends in a batch:
         if args.eval_every and images_seen % (args.eval_every * len(train)) < args.batch_size:
             val = common.evaluate(model, tokenizer, preprocess, sets[:1], args, W_cls)
             run.log(step=step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})

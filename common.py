@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What calft.py, carft.py, anchor.py and evaluate.py share. No training method is in here.
 
-Shapes: batch N, n in this process or a set, K classes, M templates, L tokens, width d."""
+Sizes: N of a batch, n of a process or a set, K classes, M templates, L tokens, d features."""
 import argparse
 import contextlib
 import hashlib
@@ -52,7 +52,7 @@ positive_int, natural = number_type(int, 1), number_type(int, 0, 2 ** 63)
 weight, fraction = number_type(float, 0), number_type(float, 1e-9, 1)
 
 def flags(doc, out, **recipe):
-    """An argparse parser with the flags of all scripts, of training too if there is a recipe."""
+    """An argparse parser of the flags that all scripts share; with a recipe, of training's too."""
     parser = argparse.ArgumentParser(description=doc, conflict_handler="resolve",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}")
@@ -60,7 +60,7 @@ def flags(doc, out, **recipe):
     bf16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = "bf16" if bf16 else "fp16" if DEVICE.type == "cuda" else "fp32"
     add = parser.add_argument_group("data and model").add_argument
-    add("--data", metavar="ROOT", type=abspath, help="has train/, val/ and shifts (the toy)")
+    add("--data", metavar="ROOT", type=abspath, help="holds train/, val/, shifts (default: a toy)")
     add("--train", nargs="+", default=["train"], metavar="DIR", help="training folders in ROOT")
     add("--val", metavar="DIR", help="validation folder in ROOT (val, if there is one)")
     add("--val-frac", type=fraction, default=0.2, help="held out if there is no val (%(default)s)")
@@ -69,7 +69,7 @@ def flags(doc, out, **recipe):
     add("--pretrained", default="openai", help="tag, file, or '' for random weights (%(default)s)")
     add = parser.add_argument_group("machine and files").add_argument
     add("--out", default=out, help="folder of everything that is written (%(default)s)")
-    add("--batch-size", type=positive_int, default=512, help="of all processes (%(default)s)")
+    add("--batch-size", type=positive_int, default=512, help="of all GPUs together (%(default)s)")
     add("--workers", type=natural, default=min(8, os.cpu_count()), help="per process (%(default)s)")
     add("--precision", choices=["fp32", "bf16", "fp16"], default=precision, help="(%(default)s)")
     add("--seed", type=natural, default=0, help="of all randomness (%(default)s)")
@@ -79,14 +79,14 @@ def flags(doc, out, **recipe):
         add("--compile", action="store_true", help="torch.compile the towers")
         add("--log-every", type=positive_int, default=50, help="steps (%(default)s)")
         add("--save-every", type=positive_int, default=1000, help="steps (%(default)s)")
-        add("--eval-every", type=natural, default=1, help="epochs; 0: at the end (%(default)s)")
+        add("--eval-every", type=natural, default=1, help="epochs; 0: only at the end (1)")
         add("--overwrite", action="store_true", help="start anew, whatever --out holds")
         add = parser.add_argument_group("recipe").add_argument
         add("--epochs", type=positive_int, help="passes over the images (%(default)s)")
         add("--max-steps", type=positive_int, help="end the run and its schedule earlier")
         add("--lr", type=weight, help="peak learning rate of AdamW (%(default)s)")
         add("--wd", type=weight, help="weight decay of every parameter (%(default)s)")
-        add("--warmup", type=natural, help="steps up to --lr, then cosine to 0 (%(default)s)")
+        add("--warmup", type=natural, help="steps of rise to --lr, then cosine to 0 (%(default)s)")
     return parser
 
 def start(parser, argv):
@@ -114,8 +114,8 @@ def say(message):
         tqdm.write(message)
 
 def gather(x):
-    """Rows of all processes: (n, ...) -> (N, ...), for a loss of the whole batch in each process.
-    Gradient reaches this process's rows alone, times WORLD; average_gradients divides by that."""
+    """Rows of all processes, (n, ...) -> (N, ...), for the whole batch's loss in each. Only its own
+    rows get a gradient, times WORLD, as average_gradients takes a mean where rows need the sum."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
@@ -144,8 +144,8 @@ def total_steps(args, n):
 # ---- data: image folders as sets, images as crops ------------------------------------------------
 @dataclass
 class ImageSet:
-    """Images, labels, class names, prompts. The logit of class k is the greatest of the logits of
-    the training classes columns[k] (usually one); if columns is None, the set has its own head."""
+    """Images, labels, class names, prompts. columns[k]: the training class that class k
+    is, or several, whose greatest logit counts. If columns is None, the set has its own head."""
     name: str                                               # its row in the table
     classes: list                                           # K folder names
     classnames: list                                        # K names as prompts say them
@@ -178,7 +178,7 @@ def flatten(found, classes):
     return np.array([path for c in classes for path in found.get(c, [])]), labels
 
 def read_rows(path, *columns):
-    """Rows of a text file with tabs between the named columns, below a header if there is one."""
+    """Rows of a text file with tabs between the named columns. A first row "path" is a header."""
     try:
         text = pathlib.Path(path).read_text("utf-8-sig")    # some editors write a byte order mark
     except (OSError, UnicodeDecodeError) as e:
@@ -190,7 +190,7 @@ def read_rows(path, *columns):
     return rows[1:] if rows and rows[0][0] == columns[0] == "path" else rows
 
 def find_texts(classes, folders, templates):
-    """Class names: from classnames.txt of the first of `folders` to name the class, else OpenAI's
+    """Class names: by classnames.txt in the first of `folders` that lists the class, else OpenAI's
     for a wnid, else the folder's with _ as space. Prompts: templates.txt, else `templates`."""
     names = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
     for folder in reversed(folders):
@@ -208,7 +208,7 @@ def read_sets(name, path, train, nested=True):
     by its name, else by its number, if the folders are exactly 0 to K-1 (ImageNet-V2)."""
     found = scan(path)
     if not found and not nested:
-        say(f"{path} is no image folder and not scored; --eval scores those inside it")
+        say(f"{path} has no <class>/*.jpg: not scored (--eval scores image folders inside it)")
         return []
     if not found and not subfolders(path):
         sys.exit(f"error: {path} holds no images (expected {path}/<class>/*.jpg)")
@@ -259,7 +259,7 @@ def read_data(args):
             sets += read_sets(name, join(args.data, name), train, nested=False)
     for path in map(abspath, args.eval):
         taken = ["test", *(s.name.split("/")[0] for s in sets)]
-        depth = 2 if basename(path) in taken else 1         # 2: the parent's name goes before it
+        depth = 2 if basename(path) in taken else 1         # 2: "cifar100/test", which is a shift
         sets += read_sets("/".join(path.split("/")[-depth:]), path, train)
     if len({s.name for s in sets}) < len(sets):
         sys.exit("error: --eval has two folders of the same name in folders of the same name")
@@ -289,8 +289,8 @@ def read_image(path):
 
 class TrainImages(torch.utils.data.Dataset):
     """An endless data set: place p is image p mod n of epoch p // n, each epoch in a new order. An
-    item: crop uint8 (3, S, S), label and row of the image read, a random number, and the row drawn
-    if that was unreadable (the next image stands in), else -1; all by (seed, epoch, row drawn)."""
+    item: crop uint8 (3, S, S), label, row, a random number, and -1. If the row drawn is unreadable,
+    the next stands in, and -1 becomes the row drawn. Seeded by (seed, epoch, row drawn)."""
     def __init__(self, images, preprocess, seed):
         self.images, self.preprocess, self.seed, self.epoch = images, preprocess, seed, -1
 
@@ -417,7 +417,7 @@ def encode_image(model, images, accum=1):
     return normalize(model.encode_image(images))
 
 def encode_text(model, tokens, accum=1):
-    """Tokens (n, L), best on the CPU -> L2-normalised features (n, d), float32. For causal towers
+    """Tokens (n, L), preferably on CPU -> L2-normalised features (n, d), float32. For causal towers
     that pool at end-of-text the batch is cut at its longest prompt: the rest has no effect."""
     if accum > 1:
         return in_chunks(encode_text, model, tokens, accum)
@@ -498,7 +498,7 @@ def image_features(models, preprocesses, sets, args, title, skip=False, precisio
     batches = loader(data, args.batch_size, places, args)
     for crops, failed in tqdm(batches, title, leave=False, disable=RANK > 0):
         if failed.max() >= 0 and not skip:
-            sys.exit(f"error: {os.fsdecode(data.paths[failed.max()])} is broken; mend or remove it")
+            sys.exit(f"error: {os.fsdecode(data.paths[failed.max()])} cannot be read; remove it")
         for model, x, part in zip(models, crops, parts):
             with autocast(precision):
                 u = encode_image(model, to_input(model, x)).cpu()                   # (batch, d)
@@ -535,7 +535,7 @@ def summary(sets, set_scores):
     return {"sets": set_scores, "shift_mean": mean or None}
 
 def evaluate(model, tokenizer, preprocess, sets, args, head=None):
-    """Summary of a model's scores, in float32, as bf16 flips near ties. head: as for set_logits."""
+    """Summary of scores, in float32, as bf16 may turn a near tie. head: as for set_logits."""
     features, = image_features([model], [preprocess], sets, args, "scoring")
     logits_of = set_logits(model, tokenizer, sets, features, head)
     return summary(sets, {s.name: {**about, **scores(logits, labels)}
@@ -614,7 +614,7 @@ class Run:
         changed = [f"--{k.replace('_', '-')} {old.get(k)}" for k in identity
                    if k not in FREE.split() and old.get(k) != identity[k]]
         if changed:
-            sys.exit(f"error: --out {args.out} has {', '.join(changed)}: another run. --overwrite?")
+            sys.exit(f"error: --out {args.out} is a run with {', '.join(changed)}. --overwrite it?")
         self.results = read_json(self.path / "results.json") if begun else {}
         self.checkpoint = {"step": 0, "log_bytes": 0}
         if begun and (self.path / "last.pt").exists():
@@ -646,7 +646,7 @@ class Run:
             os.truncate(log, min(log.stat().st_size, self.checkpoint["log_bytes"]))
 
     def steps(self, loader, total):
-        """Yield (step, batch). SIGTERM sets `stopped`; once that step is saved the program ends."""
+        """Yield (step, batch). After SIGTERM, the program ends once the current step is saved."""
         def stop(*_):
             self.stopped = True
         signal.signal(signal.SIGTERM, stop if RANK == 0 else signal.SIG_IGN)

@@ -58,14 +58,14 @@ def load(name, args, val):
     held_out = not args.val and not Path(args.data, "val").is_dir() and run.get("data") == args.data
     for flag in ("seed", "val_frac", "train"):              # else val would hold training images
         if held_out and run[flag] != getattr(args, flag):
-            sys.exit(f"error: the val of {title} was held out by another {flag}: {run[flag]}")
+            sys.exit(f"error: {title} held out its val with {flag} {run[flag]}; give that flag")
     model, _, preprocess, tokenizer = common.load_model(name, args.pretrained)
     if path.name == "model" and (path.parent / "head.safetensors").is_file():
         with safetensors.safe_open(path.parent / "head.safetensors", "pt") as f:
             if json.loads(f.metadata()["classes"]) == val.classes:
                 head = f.get_tensor("W_cls")                                        # (K, d)
             else:
-                common.say(f"{title}: its head is of other classes: zero-shot head")
+                common.say(f"{title}: its head has other classes; its zero-shot head is used")
     if not args.wise:
         return [(title, model, preprocess, tokenizer, head, None)]
 
@@ -155,7 +155,7 @@ def print_mean(folders):
 
 def main(argv=None):
     parser = common.flags(__doc__, "out/evaluate")
-    parser.set_defaults(batch_size=256, precision="fp32")   # bf16 is faster and flips near ties
+    parser.set_defaults(batch_size=256, precision="fp32")   # bf16 is faster, but may turn near ties
     add = parser.add_argument_group("evaluation").add_argument
     add("--model", nargs="+", default=["ViT-B-16-quickgelu"], help="runs, names, local-dir:PATH")
     add("--wise", nargs="+", type=common.number_type(float, -9, 9), metavar="ALPHA",

@@ -2,13 +2,13 @@
 """The tables of accuracy and calibration, and the README's pictures. One protocol: every method at
 the learning rate 3e-4, over the seeds. Every run is a script's own, in a process of its own.
 
-    python tests/evidence.py toy    # all methods on the toy; the papers' claims as differences
+    python tests/evidence.py toy
     python tests/evidence.py root --root ROOT --model local-dir:CLIP --pool pool.tsv
     python tests/evidence.py corrupt --root ROOT --cifar SETS/cifar10 --unseen PACS/cartoon
 
-`root` prints WiSE-FT's curves too, and draws with --figures. `corrupt` writes a ROOT whose shifts
-are corruptions of its val. Finished runs are kept in --out and not repeated; --jobs of them go on
-at once, one thread each.
+WiSE-FT's curves come with the tables, and the pictures with --figures. `corrupt` writes a ROOT
+whose shifts are corruptions of its val. Finished runs are kept in --out and not repeated; --jobs of
+them go on at once, one thread each.
 """
 import argparse
 import concurrent.futures
@@ -33,9 +33,6 @@ import common  # noqa: E402
 import evaluate  # noqa: E402
 
 BASELINES = {"CAR-FT": "FT", "CaRot": "FLYP", "ARF": "FLYP"}
-MEASURES = {"val top-1": ("val", "top1"), "shift top-1": ("shift mean", "top1"),
-            "unseen top-1": ("unseen", "top1"), "val ECE": ("val", "ece"),
-            "shift ECE": ("shift mean", "ece")}
 WEIGHTS = ["0.25", "0.5", "0.75"]       # of the tuned model in WiSE-FT's mixtures
 
 # Fixed before any model was tuned on them. Images are uint8 (3, 32, 32).
@@ -93,57 +90,54 @@ def claims(rows, measures):
     for a, b in BASELINES.items():
         for measure in measures if a in rows else ():       # without a pool there is no ARF
             d = rows[a][measure] - rows[b][measure]
-            better = (d < 0).sum() if measure.lower().endswith("ece") else (d > 0).sum()
+            better = (d < 0).sum() if measure.endswith("ece") else (d > 0).sum()
             shown.setdefault(f"{a} over {b}", []).append(
                 f"{cell(d, '+.1f')}, better in {better} of {len(d)}")
     markdown(measures, shown)
 
-def toy(args):
-    the_toy.build()                                         # once, and not by every job
+def report(args, commands, data):
+    """Run {method: [script, flag, ...]} with every seed and print the tables. data: flags that
+    give evaluate.py the same ROOT."""
+    seeds = range(args.seeds)
     results = run_all(args, {f"{m}-{s}": [c[0], "--seed", str(s), *c[1:]]
-                             for s in range(args.seeds) for m, c in METHODS.items()})
-    found = {m: [results[f"{m}-{s}"] for s in range(args.seeds)] for m in METHODS}
-    found = {"zero-shot": [results["FT-0"]["zero_shot"]], **found}
-    rows = {m: {k: np.array([score(r, *of) for r in found[m]]) for k, of in MEASURES.items()}
-            for m in found}
-    markdown(MEASURES, {m: map(cell, row.values()) for m, row in rows.items()})
-    claims(rows, MEASURES)
-
-def root(args):
-    steps = args.epochs * sum(len(f) for *_, f in os.walk(f"{args.root}/train", followlinks=True))
-    steps, seeds = steps // 64, range(args.seeds)
-    own = {"CaRot": ["--ema-every", str(steps // 50)], "ARF": ["--pool", args.pool]}
-    methods = [m for m in METHODS if m != "ARF" or args.pool]
-    commands = {f"{m} at {args.lr}-{s}": [
-        *METHODS[m], *own.get(m, []), "--model", args.model, "--batch-size", "64", "--epochs",
-        str(args.epochs), "--workers", "0", "--warmup", str(steps // 10), "--save-every", "100000",
-        "--data", args.root, "--lr", args.lr, "--seed", str(s)] for s in seeds for m in methods}
-    results = run_all(args, commands)
+                             for s in seeds for m, c in commands.items()})
     zero_shot = next(iter(results.values()))["zero_shot"]
     sets = [*zero_shot["sets"], "shift mean"]
-    rows = {m: {f"{k} {x}": np.array([score(results[f"{m} at {args.lr}-{s}"], k, x) for s in seeds])
-                for x in ("top1", "ece") for k in sets} for m in methods}
+    rows = {m: {f"{k} {x}": np.array([score(results[f"{m}-{s}"], k, x) for s in seeds])
+                for x in ("top1", "ece") for k in sets} for m in commands}
     for x in ("top1", "ece"):
         print(f"\n{x}, {args.seeds} seeds:\n")
         markdown(sets, {"zero-shot": [cell([score(zero_shot, k, x)]) for k in sets],
-                        **{m: [cell(rows[m][f"{k} {x}"]) for k in sets] for m in methods}})
+                        **{m: [cell(rows[m][f"{k} {x}"]) for k in sets] for m in commands}})
     new = [k for k, r in zero_shot["sets"].items() if r["head"] == "zero-shot"]
     claims(rows, [f"{k} {x}" for k in ("val", "shift mean", *new) for x in ("top1", "ece")])
 
     print("\nWiSE-FT, top-1 on val / shift mean / the others, by weight of the tuned model\n")
     curves = {}                                             # {method: [results by seed] by weight}
-    for m in methods:
-        runs = [f"{args.out}/{m}_at_{args.lr}-{s}" for s in seeds]
-        wise = ["--wise", *WEIGHTS, "--model", *runs]
-        mixed = run(args, f"wise-{m}-{args.seeds}",
-                    ["evaluate", "--data", args.root, "--workers", "0", *wise]).values()
+    for m in commands:
+        runs = [f"{args.out}/{m}-{s}" for s in seeds]
+        mixed = run(args, f"wise-{m}-{args.seeds}", [
+            "evaluate", *data, "--workers", "0", "--wise", *WEIGHTS, "--model", *runs]).values()
         curves[m] = [[zero_shot], *([r for r in mixed if r["alpha"] == float(w)] for w in WEIGHTS),
-                     [results[f"{m} at {args.lr}-{s}"] for s in seeds]]
+                     [results[f"{m}-{s}"] for s in seeds]]
     markdown(["0", *WEIGHTS, "1"], {m: [" / ".join(
         f"{100 * np.mean([score(r, k, 'top1') for r in point]):.1f}" for k in (
             "val", "shift mean", *new)) for point in curves[m]] for m in curves})
     if args.figures:
-        draw(args, curves)
+        draw(args, curves, data)
+
+def toy(args):
+    the_toy.build()                                         # once, and not by every job
+    report(args, METHODS, [])
+
+def root(args):
+    steps = args.epochs * sum(len(f) for *_, f in os.walk(f"{args.root}/train", followlinks=True))
+    steps, data = steps // 64, ["--data", args.root]
+    own = {"CaRot": ["--ema-every", str(steps // 50)], "ARF": ["--pool", args.pool]}
+    recipe = ["--model", args.model, "--batch-size", "64", "--epochs", str(args.epochs), "--lr",
+              args.lr, "--warmup", str(steps // 10), "--workers", "0", "--save-every", "100000"]
+    report(args, {m: [*METHODS[m], *own.get(m, []), *recipe, *data]
+                  for m in METHODS if m != "ARF" or args.pool}, data)
 
 # ---- a world, and pictures -----------------------------------------------------------------------
 def corrupt(args):
@@ -161,7 +155,7 @@ def corrupt(args):
             x = change(decode_image(str(file)))
             write_png(x, f"{args.root}/{name}/{file.parent.name}/{file.stem}.png")
 
-def draw(args, curves):
+def draw(args, curves, data):
     """Write --figures/robustness.png, WiSE-FT's curves and the shifts' ECE, and reliability.png,
     of FLYP and CaRot on the first shift, seed 0."""
     import matplotlib.pyplot as plt
@@ -199,10 +193,9 @@ def draw(args, curves):
     right.set(xlabel="ECE, mean of the shifts (%)", title="calibration, lower is better")
     figure.savefig(f"{args.figures}/robustness.png", dpi=100)
 
-    runs = [f"{args.out}/{m}_at_{args.lr}-0" for m in ("FLYP", "CaRot")]
-    predictions = f"{args.out}/predictions"
-    run(args, "predict", ["evaluate", "--data", args.root, "--workers", "0", "--predictions",
-                          predictions, "--model", *runs])
+    runs, predictions = [f"{args.out}/{m}-0" for m in ("FLYP", "CaRot")], f"{args.out}/predictions"
+    run(args, "predict", ["evaluate", *data, "--workers", "0", "--predictions", predictions,
+                          "--model", *runs])
     shift = next(k for k, r in zero_shot[0]["sets"].items() if k not in ("val", "test") and
                  r["head"] != "zero-shot")
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 4), layout="constrained")
@@ -224,7 +217,7 @@ if __name__ == "__main__":
     add("--pool", type=os.path.abspath, help="root: image-text pairs for ARF (no ARF)")
     add("--lr", default="3e-4", help="root: of every method (%(default)s)")
     add("--epochs", type=int, default=10, help="root: passes over the training images")
-    add("--figures", help="root: folder for two pictures")
+    add("--figures", help="folder for two pictures")
     add("--cifar", help="corrupt: what tests/folders.py makes of cifar10")
     add("--unseen", help="corrupt: an image folder of other classes")
     args = parser.parse_args()

@@ -165,7 +165,7 @@ def test_nothing_of_another_run_is_overwritten(tiny_root, clip, tmp_path, monkey
     assert capsys.readouterr().out.count("fine-tuned") == 2
     assert content(out) == before
     os.remove(out / "args.json")
-    fails(calft.main, arguments, "another run", "--overwrite")
+    fails(calft.main, arguments, "is a run with --", "--overwrite")
 
 def test_overwrite_leaves_nothing_of_the_old(tiny_root, clip, tmp_path, monkeypatch):
     """Else CAR-FT's head is used with CaRot's model, or a cut run shows another's result."""
@@ -227,7 +227,7 @@ def test_an_unreadable_image_in_scoring_ends_the_program(wide_root, clip, tmp_pa
     """By name, also with loaders."""
     (wide_root / "val" / "bee" / "1.png").write_bytes(b"broken")
     arguments = ["--data", str(wide_root), "--model", clip(), "--workers", "2", "--out", "o"]
-    fails(evaluate.main, arguments, f"error: {wide_root}/val/bee/1.png is broken")
+    fails(evaluate.main, arguments, f"error: {wide_root}/val/bee/1.png cannot be read")
 
 def test_a_loss_that_is_not_finite(tiny_root, clip, tmp_path, monkeypatch):
     """It ends the run at the next logged step; last.pt stays finite."""
