@@ -6,15 +6,15 @@
     CE2(S)         (CE(S) + CE(S^T)) / 2, CLIP's contrastive loss: row i belongs to column i
     u, v (N, d)    features of a batch of images and of their class names in a random template
     c (N, d)       features of captions of the same images: the text-compensated anchor
-    a, b (R, d)    features of R image-text pairs, drawn each step from those retrieved before
-                   training: the image-text-pair anchor; R = N, or all if there are fewer
+    a, b (R, d)    features of R image-text pairs: the image-text-pair anchor. Pairs are retrieved
+                   once, before training; each step draws R = N of them, or all if fewer than N
     tau            exp(logit_scale). All features are L2-normalised, by the model being tuned
 
 "a photo of a [CLASS]" says little, and tuning on it alone forgets the rest. The anchors are richer
 text to contrast with: captions, and pairs like those of CLIP's pretraining. Both towers and tau are
 trained; the result is a CLIP. No code was released. From the paper: the three terms, a pretrained
 captioner (BLIP-2; here open_clip's CoCa), and pairs retrieved for the task. Ours: weights of 1, the
-k = 1 nearest pairs by the untuned model's image features, FLYP's recipe (Goyal et al., 2023).
+pair nearest to each image (k = 1) by untuned image features, FLYP's recipe (Goyal et al., 2023).
 
     python anchor.py                                               # the toy
     python anchor.py --data /imagenet --captions captions.tsv --pool '/cc3m/{00000..00331}.tar'
@@ -38,8 +38,8 @@ import common
 
 # ---- text-compensated anchor: captions of the training images ------------------------------------
 def read_captions(path, images, root):
-    """Captions of every image of a set, [[caption, ...], ...]. The file: lines of
-    path in ROOT<TAB>caption, one or more for each image; those of other images are passed over."""
+    """Captions of every image of a set, [[caption, ...], ...]. Each line of the file: a path in
+    ROOT, a tab, a caption; at least one for each image. Lines of other images are passed over."""
     captions = {os.fsdecode(p): [] for p in images.paths}
     for file, text in common.read_rows(path, "path", "caption"):
         file = os.path.join(root, file)
@@ -75,8 +75,8 @@ def write_captions(path, name, images, args):
             lines = [line for line in f if line.endswith("\n")] or header
     done = len(lines) - 1
     if lines[:1] != header or [line.split("\t")[0] for line in lines[1:]] != names[:done]:
-        sys.exit(f"error: {path} is by another --caption-model or of other images; give another "
-                 "--captions, or drop --caption-model to use it as it is")
+        sys.exit(f"error: {path} is not by this --caption-model on these images; give another "
+                 "--captions, or this one without --caption-model")
     with common.replacing(path) as f:                       # drops a line that a kill has cut
         f.write("".join(lines).encode())
     if done == len(images):
@@ -131,8 +131,8 @@ def open_pool(pattern):
 
 @torch.no_grad()
 def retrieve(query, pool, k):
-    """Rows of pool (m, d) with the k greatest inner products with each row of query (n, d), best
-    first: (n, k) long. Brute force, exact, in float32, on the device of `query`, by blocks of
+    """For each row of query (n, d) the indices of the k rows of pool (m, d) with greatest inner
+    product, best first: int64 (n, k). Exact, brute force, in float32 where query is, by blocks of
     4096 x 32768 scores (0.5 GiB). ImageNet against CC3M (n = 1.28, m = 3.3 million, d = 512): 10.5
     hours on two CPU cores (extrapolated from a block), two minutes at 40 TFLOP/s (computed)."""
     k = min(k, len(pool))
@@ -214,8 +214,8 @@ def main(argv=None):
         run.add_results({"zero_shot": common.evaluate(model, tokenizer, preprocess, sets, args)})
     if use_cap:
         caption_tokens = common.tokenize(tokenizer, list(itertools.chain(*captions)))
-        count = torch.tensor([len(c) for c in captions])    # captions of each image, and the
-        first = count.cumsum(0) - count                     # row of the first of them
+        count = torch.tensor([len(c) for c in captions])    # (n,): captions of each image
+        first = count.cumsum(0) - count                     # (n,): row of the first of them
     pair_loader = itertools.repeat(None)
     if use_ret:
         near = retrieve_pairs(pool, train, model, preprocess, args)
@@ -265,7 +265,7 @@ def main(argv=None):
 
         if step % args.log_every == 0 or step + 1 == total:
             run.log(step=step, loss=loss, **terms, lr=group["lr"])
-        images_seen = (step + 1) * args.batch_size          # val, where an epoch ends in a batch:
+        images_seen = (step + 1) * args.batch_size          # score val when a batch ends an epoch:
         if args.eval_every and images_seen % (args.eval_every * len(train)) < args.batch_size:
             val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)
             run.log(step=step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})

@@ -15,10 +15,10 @@
                       theta_ema <- m theta_ema + (1 - m) theta, where m rises from 0.05 to 0.9
 
 Both towers and tau are trained, and the student is the result. The paper bounds error and
-calibration error under shift by two terms: calibration error on the training distribution, which
-the teacher's soft targets lower, and 1 / sigma_min of the image features' covariance, which L_oc
-lowers. Where paper and released code differ we follow the code: the paper squares the norm in L_oc,
-and L_cross stands in the code alone, without a reason.
+calibration error under shift by two terms: calibration error on the training distribution (lowered
+by the teacher's soft targets) and 1 / sigma_min of the image features' covariance (by L_oc). Where
+paper and released code differ we follow the code: the paper squares the norm in L_oc, and L_cross
+stands in the code alone, without a reason.
 
     python calft.py                                                # the toy
     torchrun --nproc_per_node 8 calft.py --data /imagenet          # the released recipe, eight GPUs
@@ -151,7 +151,7 @@ def main(argv=None):
 
         if step % args.log_every == 0 or step + 1 == total:
             run.log(step=step, loss=loss, **terms, lr=group["lr"])
-        images_seen = (step + 1) * args.batch_size          # val, where an epoch ends in a batch:
+        images_seen = (step + 1) * args.batch_size          # score val when a batch ends an epoch:
         if args.eval_every and images_seen % (args.eval_every * len(train)) < args.batch_size:
             val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)
             run.log(step=step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})

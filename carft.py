@@ -112,7 +112,7 @@ def main(argv=None):
 
         if step % args.log_every == 0 or step + 1 == total:
             run.log(step=step, loss=loss, **terms, lr=group["lr"])
-        images_seen = (step + 1) * args.batch_size          # val, where an epoch ends in a batch:
+        images_seen = (step + 1) * args.batch_size          # score val when a batch ends an epoch:
         if args.eval_every and images_seen % (args.eval_every * len(train)) < args.batch_size:
             val = common.evaluate(model, tokenizer, preprocess, sets[:1], args, W_cls)
             run.log(step=step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})

@@ -114,8 +114,8 @@ def say(message):
         tqdm.write(message)
 
 def gather(x):
-    """Rows of all processes, (n, ...) -> (N, ...), for the whole batch's loss in each. Only its own
-    rows get a gradient, times WORLD, as average_gradients takes a mean where rows need the sum."""
+    """Every process gets all rows, (n, ...) -> (N, ...), for the whole batch's loss. Only its own
+    rows pass a gradient, times WORLD: average_gradients divides by it, but rows need the sum."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
@@ -144,8 +144,8 @@ def total_steps(args, n):
 # ---- data: image folders as sets, images as crops ------------------------------------------------
 @dataclass
 class ImageSet:
-    """Images, labels, class names, prompts. columns[k]: the training class that class k
-    is, or several, whose greatest logit counts. If columns is None, the set has its own head."""
+    """Images, labels, class names, prompts. columns[k]: the training classes that class k
+    covers, mostly one; the greatest of their logits is k's. None: the set has its own head."""
     name: str                                               # its row in the table
     classes: list                                           # K folder names
     classnames: list                                        # K names as prompts say them
@@ -259,10 +259,10 @@ def read_data(args):
             sets += read_sets(name, join(args.data, name), train, nested=False)
     for path in map(abspath, args.eval):
         taken = ["test", *(s.name.split("/")[0] for s in sets)]
-        depth = 2 if basename(path) in taken else 1         # 2: "cifar100/test", which is a shift
+        depth = 2 if basename(path) in taken else 1         # 2: "cifar100/test": "test" is no shift
         sets += read_sets("/".join(path.split("/")[-depth:]), path, train)
     if len({s.name for s in sets}) < len(sets):
-        sys.exit("error: --eval has two folders of the same name in folders of the same name")
+        sys.exit("error: --eval: two folders have the same name, and so do their parent folders")
     return train, sets
 
 def read_image(path):
@@ -289,8 +289,8 @@ def read_image(path):
 
 class TrainImages(torch.utils.data.Dataset):
     """An endless data set: place p is image p mod n of epoch p // n, each epoch in a new order. An
-    item: crop uint8 (3, S, S), label, row, a random number, and -1. If the row drawn is unreadable,
-    the next stands in, and -1 becomes the row drawn. Seeded by (seed, epoch, row drawn)."""
+    item: crop uint8 (3, S, S), label, row, a random number, failed. If the row drawn is unreadable,
+    the next stands in, and failed is the row drawn, else -1. Seeded by (seed, epoch, row drawn)."""
     def __init__(self, images, preprocess, seed):
         self.images, self.preprocess, self.seed, self.epoch = images, preprocess, seed, -1
 
@@ -348,8 +348,8 @@ def train_loader(images, preprocess, args, start, total, batch_size=None, seed=N
 
 # ---- models, features, heads, losses -------------------------------------------------------------
 def load_model(name, pretrained, device=DEVICE):
-    """An open_clip model in float32, preprocess_train, preprocess_val: uint8 (3, H, W) -> uint8 (3,
-    S, S), and tokenizer. A tag of the other activation (QuickGELU) is an error, not a warning."""
+    """open_clip's model (float32), preprocess_train and _val (uint8 (3, H, W) -> uint8 (3, S, S)) and
+    tokenizer. A tag of the other activation (QuickGELU) is an error, not a warning."""
     try:
         pretrained = "" if ":" in name else pretrained      # local-dir:, hf-hub: have their own
         config, others = open_clip.get_model_config(name), ", ".join(open_clip.list_models())
@@ -535,7 +535,7 @@ def summary(sets, set_scores):
     return {"sets": set_scores, "shift_mean": mean or None}
 
 def evaluate(model, tokenizer, preprocess, sets, args, head=None):
-    """Summary of scores, in float32, as bf16 may turn a near tie. head: as for set_logits."""
+    """Summary of scores, in float32, as bf16 may flip near ties. head: as for set_logits."""
     features, = image_features([model], [preprocess], sets, args, "scoring")
     logits_of = set_logits(model, tokenizer, sets, features, head)
     return summary(sets, {s.name: {**about, **scores(logits, labels)}
@@ -614,7 +614,7 @@ class Run:
         changed = [f"--{k.replace('_', '-')} {old.get(k)}" for k in identity
                    if k not in FREE.split() and old.get(k) != identity[k]]
         if changed:
-            sys.exit(f"error: --out {args.out} is a run with {', '.join(changed)}. --overwrite it?")
+            sys.exit(f"error: --out {args.out} has another run: {', '.join(changed)}. --overwrite?")
         self.results = read_json(self.path / "results.json") if begun else {}
         self.checkpoint = {"step": 0, "log_bytes": 0}
         if begun and (self.path / "last.pt").exists():

@@ -7,8 +7,8 @@
     python evaluate.py --mean out/seed0 out/seed1 out/seed2    # mean and deviation of runs' results
 
 A model is the folder of a run, local-dir:PATH, or an open_clip name with --pretrained. It is scored
-as the training scripts score it: by the zero-shot head of its text tower, or by the head that
-carft.py trained, if that is of the classes of this ROOT. Each image is decoded once for all models.
+as the training scripts score it: by the zero-shot head of its text tower, or by carft.py's trained
+head, if that has the classes of this ROOT. Each image is decoded once for all models.
 """
 import copy
 import importlib.util
@@ -155,7 +155,7 @@ def print_mean(folders):
 
 def main(argv=None):
     parser = common.flags(__doc__, "out/evaluate")
-    parser.set_defaults(batch_size=256, precision="fp32")   # bf16 is faster, but may turn near ties
+    parser.set_defaults(batch_size=256, precision="fp32")   # bf16 may flip near ties
     add = parser.add_argument_group("evaluation").add_argument
     add("--model", nargs="+", default=["ViT-B-16-quickgelu"], help="runs, names, local-dir:PATH")
     add("--wise", nargs="+", type=common.number_type(float, -9, 9), metavar="ALPHA",

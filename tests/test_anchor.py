@@ -178,7 +178,7 @@ def test_a_caption_model_goes_on_after_a_kill(tiny_root, clip, captions, tmp_pat
     run(anchor, tiny_root, clip(), tmp_path / "out", *flags, name, "--overwrite", steps=1)
     assert file.read_text() == whole and lines[5:] == [17, 25, 33]
     before = Path(captions).read_text()
-    for by, message in ((name, "is by another --caption-model"), ("coca_ViT-L-14", "needs a tag")):
+    for by, message in ((name, "is not by this --caption-model"), ("coca_ViT-L-14", "needs a tag")):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             run(anchor, tiny_root, clip(), tmp_path / "new", *flags, by, "--captions", captions)
     assert Path(captions).read_text() == before

@@ -253,7 +253,7 @@ def test_eval_elsewhere(tmp_path, tiny_root):
     assert list(sets)[4:] == ["zoo", "far/sketch", "far/test", "c/fog/1", "c/fog/2", "c/snow/5"]
     assert is_shift(sets["far/test"]) and sets["c/snow/5"].columns == [[0], [1]]
     assert list(read(tiny_root, eval=far[3:])[1])[-1] == "other/c/snow/5"
-    with pytest.raises(SystemExit, match="error: --eval has two folders of the same name"):
+    with pytest.raises(SystemExit, match="error: --eval: two folders have the same name"):
         read(tiny_root, eval=[far[0], far[1], far[1]])
 
 def test_imagenets_shifts_by_wnid(tmp_path):

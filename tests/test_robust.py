@@ -165,7 +165,7 @@ def test_nothing_of_another_run_is_overwritten(tiny_root, clip, tmp_path, monkey
     assert capsys.readouterr().out.count("fine-tuned") == 2
     assert content(out) == before
     os.remove(out / "args.json")
-    fails(calft.main, arguments, "is a run with --", "--overwrite")
+    fails(calft.main, arguments, "another run: --", "--overwrite")
 
 def test_overwrite_leaves_nothing_of_the_old(tiny_root, clip, tmp_path, monkeypatch):
     """Else CAR-FT's head is used with CaRot's model, or a cut run shows another's result."""
