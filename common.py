@@ -348,8 +348,8 @@ def train_loader(images, preprocess, args, start, total, batch_size=None, seed=N
 
 # ---- models, features, heads, losses -------------------------------------------------------------
 def load_model(name, pretrained, device=DEVICE):
-    """open_clip's model (float32), preprocess_train and _val (uint8 (3, H, W) -> uint8 (3, S, S)) and
-    tokenizer. A tag of the other activation (QuickGELU) is an error, not a warning."""
+    """open_clip's model in float32, preprocess_train and preprocess_val (uint8 (3, H, W) -> uint8
+    (3, S, S)), and tokenizer. A tag of the other activation (QuickGELU) is an error."""
     try:
         pretrained = "" if ":" in name else pretrained      # local-dir:, hf-hub: have their own
         config, others = open_clip.get_model_config(name), ", ".join(open_clip.list_models())
