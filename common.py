@@ -115,7 +115,7 @@ def say(message):
 
 def gather(x):
     """Every process gets all rows, (n, ...) -> (N, ...), for the whole batch's loss. Only its own
-    rows pass a gradient, times WORLD: average_gradients divides by it, but rows need the sum."""
+    rows pass a gradient, times WORLD: so average_gradients' mean over processes is their sum."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]
@@ -127,9 +127,10 @@ def average_gradients(parameters):
     """Replace every gradient by its mean over the processes, in one all-reduce."""
     if WORLD > 1:
         grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.nn.utils.parameters_to_vector(grads) / WORLD
+        flat = torch.cat([g.reshape(-1) for g in grads]) / WORLD
         dist.all_reduce(flat)
-        torch.nn.utils.vector_to_parameters(flat, grads)
+        for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
 
 def total_steps(args, n):
     """Optimiser steps of a run over n images: --epochs in whole batches, at most --max-steps."""
@@ -178,7 +179,7 @@ def flatten(found, classes):
     return np.array([path for c in classes for path in found.get(c, [])]), labels
 
 def read_rows(path, *columns):
-    """Rows of a text file with tabs between the named columns. A first row "path" is a header."""
+    """Rows of a text file, tabs between the named columns. A header, "path" first, is left out."""
     try:
         text = pathlib.Path(path).read_text("utf-8-sig")    # some editors write a byte order mark
     except (OSError, UnicodeDecodeError) as e:
@@ -259,7 +260,7 @@ def read_data(args):
             sets += read_sets(name, join(args.data, name), train, nested=False)
     for path in map(abspath, args.eval):
         taken = ["test", *(s.name.split("/")[0] for s in sets)]
-        depth = 2 if basename(path) in taken else 1         # 2: "cifar100/test": "test" is no shift
+        depth = 2 if basename(path) in taken else 1         # "test" alone would be no shift
         sets += read_sets("/".join(path.split("/")[-depth:]), path, train)
     if len({s.name for s in sets}) < len(sets):
         sys.exit("error: --eval: two folders have the same name, and so do their parent folders")
@@ -290,7 +291,7 @@ def read_image(path):
 class TrainImages(torch.utils.data.Dataset):
     """An endless data set: place p is image p mod n of epoch p // n, each epoch in a new order. An
     item: crop uint8 (3, S, S), label, row, a random number, failed. If the row drawn is unreadable,
-    the next stands in, and failed is the row drawn, else -1. Seeded by (seed, epoch, row drawn)."""
+    the next stands in, and `failed` is the row drawn, else -1. Seeded by seed, epoch, row drawn."""
     def __init__(self, images, preprocess, seed):
         self.images, self.preprocess, self.seed, self.epoch = images, preprocess, seed, -1
 
@@ -577,8 +578,7 @@ def replacing(path):
 
 def read_json(path):
     """The content of a file, or {} where there is none."""
-    path = pathlib.Path(path)
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(pathlib.Path(path).read_text()) if isfile(path) else {}
 
 def write(path, content, **metadata):
     """Write {name: tensor} to x.safetensors, with metadata of strings, or JSON to another file."""
@@ -611,7 +611,7 @@ class Run:
         identity = {**vars(args), "data and texts": digest[:16]}
         begun = any((self.path / f).exists() for f in FILES) and not args.overwrite
         old = read_json(self.path / "args.json") if begun else identity
-        changed = [f"--{k.replace('_', '-')} {old.get(k)}" for k in identity
+        changed = [f"{k.replace('_', '-')} {old.get(k)}" for k in identity
                    if k not in FREE.split() and old.get(k) != identity[k]]
         if changed:
             sys.exit(f"error: --out {args.out} has another run: {', '.join(changed)}. --overwrite?")

@@ -151,7 +151,7 @@ def test_nothing_of_another_run_is_overwritten(tiny_root, clip, tmp_path, monkey
     run(calft, root, clip(), out)
     before, arguments = content(out), argv(root, clip(), out)
     for flag, value in (("--lr", "0.5"), ("--seed", "3"), ("--oc", "0.9"), ("--max-steps", "5")):
-        fails(calft.main, [*arguments, flag, value], flag, str(out), "--overwrite")
+        fails(calft.main, [*arguments, flag, value], f" {flag[2:]} ", str(out), "--overwrite")
     fails(carft.main, arguments, "CaRot", "--overwrite")
     for file, text in (("classnames.txt", "ant\tpismire\n"), ("few/bee/more.png", ""),
                        ("templates.txt", "one {}.\n")):
@@ -165,7 +165,7 @@ def test_nothing_of_another_run_is_overwritten(tiny_root, clip, tmp_path, monkey
     assert capsys.readouterr().out.count("fine-tuned") == 2
     assert content(out) == before
     os.remove(out / "args.json")
-    fails(calft.main, arguments, "another run: --", "--overwrite")
+    fails(calft.main, arguments, "another run: ", "--overwrite")
 
 def test_overwrite_leaves_nothing_of_the_old(tiny_root, clip, tmp_path, monkeypatch):
     """Else CAR-FT's head is used with CaRot's model, or a cut run shows another's result."""
