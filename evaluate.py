@@ -126,8 +126,8 @@ def plot(folder, columns, outcomes):
     for name, points in curves.items():
         alphas, x, y = zip(*sorted(points, key=lambda point: point[0] or 0))
         axis.plot(100 * np.array(x), 100 * np.array(y), marker="o", label=Path(name).name)
-        for i, alpha in enumerate(alphas):                  # on alternating sides
-            if alpha is not None:
+        for i, alpha in enumerate(alphas):                  # of one curve, else they collide
+            if alpha is not None and name == next(iter(curves)):
                 axis.annotate(f"{alpha:g}", (100 * x[i], 100 * y[i]), fontsize=8, xytext=(
                     4, 4 if i % 2 else -10), textcoords="offset points")
     axis.set(xlabel="val top-1 (%)", ylabel="mean top-1 over shifts (%)")
