@@ -96,8 +96,7 @@ def claims(rows, measures):
     markdown(measures, shown)
 
 def report(args, commands, data):
-    """Run {method: [script, flag, ...]} with every seed and print the tables. data: flags that
-    give evaluate.py the same ROOT."""
+    """Run {method: [script, flag, ...]} with every seed, print tables. data: evaluate.py's flags."""
     seeds = range(args.seeds)
     results = run_all(args, {f"{m}-{s}": [c[0], "--seed", str(s), *c[1:]]
                              for s in seeds for m, c in commands.items()})
@@ -112,7 +111,7 @@ def report(args, commands, data):
     new = [k for k, r in zero_shot["sets"].items() if r["head"] == "zero-shot"]
     claims(rows, [f"{k} {x}" for k in ("val", "shift mean", *new) for x in ("top1", "ece")])
 
-    print("\nWiSE-FT, top-1 on val / shift mean / the others, by weight of the tuned model\n")
+    print("\nWiSE-FT, by weight of the tuned: top-1 of val / shifts / their ECE / top-1 of others\n")
     curves = {}                                             # {method: [results by seed] by weight}
     for m in commands:
         runs = [f"{args.out}/{m}-{s}" for s in seeds]
@@ -120,9 +119,11 @@ def report(args, commands, data):
             "evaluate", *data, "--workers", "0", "--wise", *WEIGHTS, "--model", *runs]).values()
         curves[m] = [[zero_shot], *([r for r in mixed if r["alpha"] == float(w)] for w in WEIGHTS),
                      [results[f"{m}-{s}"] for s in seeds]]
+    shown = [("val", "top1"), ("shift mean", "top1"), ("shift mean", "ece"), *(
+        (k, "top1") for k in new)]
     markdown(["0", *WEIGHTS, "1"], {m: [" / ".join(
-        f"{100 * np.mean([score(r, k, 'top1') for r in point]):.1f}" for k in (
-            "val", "shift mean", *new)) for point in curves[m]] for m in curves})
+        f"{100 * np.mean([score(r, *of) for r in point]):.1f}" for of in shown)
+        for point in curves[m]] for m in curves})
     if args.figures:
         draw(args, curves, data)
 
@@ -156,8 +157,7 @@ def corrupt(args):
             write_png(x, f"{args.root}/{name}/{file.parent.name}/{file.stem}.png")
 
 def draw(args, curves, data):
-    """Write --figures/robustness.png, WiSE-FT's curves and the shifts' ECE, and reliability.png,
-    of FLYP and CaRot on the first shift, seed 0."""
+    """Write robustness.png, curves and ECE, and reliability.png, of seed 0 on the first shift."""
     import matplotlib.pyplot as plt
     plt.switch_backend("Agg")
     colours = dict(zip(METHODS, ("#666666", "#0072b2", "#e69f00", "#009e73", "#cc79a7")))
