@@ -96,7 +96,7 @@ def claims(rows, measures):
     markdown(measures, shown)
 
 def report(args, commands, data):
-    """Run {method: [script, flag, ...]} with every seed, print tables. data: evaluate.py's flags."""
+    """Run {method: [script, flag, ...]} with every seed; print the tables. data: --data ROOT."""
     seeds = range(args.seeds)
     results = run_all(args, {f"{m}-{s}": [c[0], "--seed", str(s), *c[1:]]
                              for s in seeds for m, c in commands.items()})
@@ -111,7 +111,7 @@ def report(args, commands, data):
     new = [k for k, r in zero_shot["sets"].items() if r["head"] == "zero-shot"]
     claims(rows, [f"{k} {x}" for k in ("val", "shift mean", *new) for x in ("top1", "ece")])
 
-    print("\nWiSE-FT, by weight of the tuned: top-1 of val / shifts / their ECE / top-1 of others\n")
+    print("\nWiSE-FT by weight of the tuned: top-1 of val / shifts / their ECE / top-1 of others\n")
     curves = {}                                             # {method: [results by seed] by weight}
     for m in commands:
         runs = [f"{args.out}/{m}-{s}" for s in seeds]
