@@ -79,7 +79,7 @@ def flags(doc, out, **recipe):
         add("--compile", action="store_true", help="torch.compile the towers")
         add("--log-every", type=positive_int, default=50, help="steps (%(default)s)")
         add("--save-every", type=positive_int, default=1000, help="steps (%(default)s)")
-        add("--eval-every", type=natural, default=1, help="epochs; 0: only at the end (1)")
+        add("--eval-every", type=natural, default=1, help="epochs; 0: only at end (%(default)s)")
         add("--overwrite", action="store_true", help="start anew, whatever --out holds")
         add = parser.add_argument_group("recipe").add_argument
         add("--epochs", type=positive_int, help="passes over the images (%(default)s)")
@@ -114,8 +114,8 @@ def say(message):
         tqdm.write(message)
 
 def gather(x):
-    """Every process gets all rows, (n, ...) -> (N, ...), for the whole batch's loss. Only its own
-    rows pass a gradient, times WORLD: so average_gradients' mean over processes is their sum."""
+    """Every process gets all rows, (n, ...) -> (N, ...), for the whole batch's loss. Gradient flows
+    to its own rows only, times WORLD, so that the mean of average_gradients is the sum."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(WORLD)]

@@ -48,7 +48,7 @@ CORRUPTIONS = {
 # ---- runs ----------------------------------------------------------------------------------------
 def run(args, name, command):
     """Run [script, flag, ...] in --out/<name>, unless that is finished; its results.json."""
-    out = Path(args.out, name.replace(" ", "_"))
+    out = Path(args.out, name)
     if not out.is_dir():
         out.mkdir(parents=True)
         (out / "command.json").write_text(json.dumps(command))
