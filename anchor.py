@@ -161,8 +161,7 @@ def retrieve_pairs(pool, train, model, preprocess, args):
     readable = (~features["pool"][:, 0].isnan()).nonzero().squeeze(1)               # (m',)
     query = features["train"][~features["train"][:, 0].isnan()].to(common.DEVICE)   # (n', d)
     near = readable[retrieve(query, features["pool"][readable], args.k).unique().cpu()]
-    unreadable = len(pool) - len(readable)
-    common.say(f"retrieved {len(near)} of {len(pool)} pairs; {unreadable} images cannot be read")
+    common.say(f"retrieved {len(near)} of the {len(readable)} readable pairs among {len(pool)}")
     return near.tolist()
 
 def cosine_lr(step, total, warmup, peak):
@@ -231,6 +230,11 @@ def main(argv=None):
     # the loop; this process has n = N / WORLD images of a batch, and r = R / WORLD pairs
     loader, M = common.train_loader(train, crop, args, run.start, total), len(train.templates)
     for step, (batch, pair_batch) in run.steps(zip(loader, pair_loader), total):
+        seen = step * args.batch_size                       # score val when an epoch has ended:
+        if step and args.eval_every and seen % (args.eval_every * len(train)) < args.batch_size:
+            run.save(step, parts)                           # a signal may end a long scoring
+            val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)
+            run.log(step=step - 1, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, total, args.warmup, args.lr)
         images, labels, rows, draws = batch
@@ -265,10 +269,6 @@ def main(argv=None):
 
         if step % args.log_every == 0 or step + 1 == total:
             run.log(step=step, loss=loss, **terms, lr=group["lr"])
-        images_seen = (step + 1) * args.batch_size          # score val when a batch ends an epoch:
-        if args.eval_every and images_seen % (args.eval_every * len(train)) < args.batch_size:
-            val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)
-            run.log(step=step, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})
         if (step + 1) % args.save_every == 0 or step + 1 == total or run.stopped:
             run.save(step + 1, parts)
 

@@ -502,13 +502,11 @@ def image_features(models, preprocesses, sets, args, title, skip=False, precisio
             sys.exit(f"error: {os.fsdecode(data.paths[failed.max()])} cannot be read; remove it")
         for model, x, part in zip(models, crops, parts):
             with autocast(precision):
-                u = encode_image(model, to_input(model, x)).cpu()                   # (batch, d)
-            part.append(u.masked_fill(failed[:, None] >= 0, math.nan))
-    for k, part in enumerate(parts):                        # row i is of process i % WORLD
-        u = gather(torch.cat(part).to(DEVICE if WORLD > 1 else "cpu")).cpu()
-        u = u.unflatten(0, (WORLD, -1)).transpose(0, 1).flatten(0, 1)[:n]
-        parts[k] = u.split([len(s) for s in sets])
-    return parts
+                u = encode_image(model, to_input(model, x))                             # (n, d)
+            u = u.masked_fill(to_device(failed, u.device)[:, None] >= 0, math.nan)
+            u = gather(u).cpu().unflatten(0, (WORLD, -1))                               # (W, n, d)
+            part.append(u.transpose(0, 1).flatten(0, 1))    # row i is of process i mod WORLD
+    return [torch.cat(part)[:n].split([len(s) for s in sets]) for part in parts]
 
 def set_logits(model, tokenizer, sets, features, head=None):
     """For each set the readable rows (n',), logits (n', K), labels (n',), and facts for the table.

@@ -56,9 +56,9 @@ def load(name, args, val):
     run, head = common.read_json(path.parent / "args.json"), None
     title = str(path.parent if path.name == "model" else path)
     held_out = not args.val and not Path(args.data, "val").is_dir() and run.get("data") == args.data
-    for flag in ("seed", "val_frac", "train"):              # else val would hold training images
+    for flag in ("val", "seed", "val_frac", "train"):       # else val would hold training images
         if held_out and run[flag] != getattr(args, flag):
-            sys.exit(f"error: {title} held out its val with {flag} {run[flag]}; give that flag")
+            sys.exit(f"error: {title} was tuned with {flag} {run[flag]}; give that flag here, too")
     model, _, preprocess, tokenizer = common.load_model(name, args.pretrained)
     if path.name == "model" and (path.parent / "head.safetensors").is_file():
         with safetensors.safe_open(path.parent / "head.safetensors", "pt") as f:
@@ -206,8 +206,8 @@ def main(argv=None):
         if args.sigma_min:
             columns[title]["sigma_min"] = sigma_min(features[0][~features[0][:, 0].isnan()])
             notes.append(f"sigma_min {columns[title]['sigma_min']:.3g}   {title}")
-    for s, u in zip(sets, everything[0]):
-        notes += [f"skipped, not readable: {p.decode()}" for p in s.paths[u[:, 0].isnan().numpy()]]
+    bad = [s.paths[u[:, 0].isnan().numpy()] for s, u in zip(sets, everything[0])]
+    notes += [f"skipped, not readable: {p.decode(errors='replace')}" for p in np.concatenate(bad)]
     common.write(f"{args.out}/results.json", columns)
     titles = list(columns)
     for i in range(0, len(titles), 3):                      # three models are 100 columns wide

@@ -21,8 +21,6 @@ What a step makes the host wait for on a GPU, by reading the code (none of it is
   tensor, and the copy of last.pt to the CPU. Gradients are averaged after the backward pass.
 - Scoring: the features of each batch, in float32 without TF32 (`plan` has the seconds). Captions
   by --caption-model: each token.
-Captions were tokenised in the loop: 31 ms for 512, twice a step of ARF, a quarter of the 254 ms
-that `plan` computes for ViT-B/16. Now they are tokenised before it: a step looks up rows, 0.03 ms.
 """
 import argparse
 import gc

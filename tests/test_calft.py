@@ -89,19 +89,25 @@ def test_a_tower_without_projection(tiny_root, clip, tmp_path):
         run(calft, tiny_root, clip("attention-pool"), tmp_path)
     run(calft, tiny_root, clip("attention-pool"), tmp_path, "--oc=0", "--cross-fnorm=0", steps=1)
 
-def test_val_is_scored_after_each_epoch(tiny_root, clip, tmp_path):
-    """The lines of val speak of that moment's weights, and scoring moves none of them."""
-    val, lines = {}, {}
-    for every in "012":                                         # of two epochs of five steps
-        out = tmp_path / every
-        results = run(calft, tiny_root, clip(), out, "--eval-every", every, steps=10)
-        val[every], lines[every] = results["sets"]["val"], log(out, epochs=True)
-    first, last = lines["1"]
-    closing = {"step": 9, "val_top1": val["1"]["top1"], "val_ece": val["1"]["ece"]}
-    assert last == pytest.approx(closing, rel=1e-6)
-    assert first["step"] == 4 and first["val_ece"] != last["val_ece"]
-    assert lines["2"] == [last] and lines["0"] == []
-    assert val["0"] == val["1"] == val["2"]
+def test_val_is_scored_after_each_epoch(tiny_root, clip, tmp_path, monkeypatch):
+    """By the weights of that moment, which scoring does not move; the last are in results.json."""
+    save, sets, lines = common.Run.save, {}, {}
+
+    def keep(self, step, parts):
+        common.export(parts["model"], clip(), tmp_path / str(step))
+        save(self, step, parts)
+    monkeypatch.setattr(common.Run, "save", keep)
+    for every in "012":                                         # of three epochs of five steps
+        out = tmp_path / f"every-{every}"
+        sets[every] = run(calft, tiny_root, clip(), out, "--eval-every", every, steps=15)["sets"]
+        lines[every] = log(out, epochs=True)
+    assert sets["0"] == sets["1"] == sets["2"]
+    assert lines["2"] == lines["1"][1:] and lines["0"] == []
+    for line, step in zip(lines["1"], (5, 10), strict=True):
+        model = f"local-dir:{tmp_path}/{step}"
+        val = run(calft, tiny_root, model, tmp_path / f"of-{step}")["zero_shot"]["sets"]["val"]
+        expected = {"step": step - 1, "val_top1": val["top1"], "val_ece": val["ece"]}
+        assert line == pytest.approx(expected, rel=1e-6)
 
 def test_scores_of_subsets_and_unseen_classes(tiny_root, clip, tmp_path):
     """By open_clip alone: `few` by its three classes, `other` by a zero-shot head of its own."""

@@ -112,9 +112,11 @@ def test_runs_that_left_a_domain_out(clip, tmp_path, capsys):
         runs.append(run(calft, root, clip(), tmp_path / left_out, *flags, steps=2))
     model = ["--model", f"{tmp_path}/sketch"]
     assert_same_scores(*call(root, tmp_path / "again", *model, *flags), runs[-1])
-    for other in (["--seed", "4", *flags[2:]], flags[:-1]):
-        with pytest.raises(SystemExit, match="^error: .*sketch held out its val with "):
-            call(root, tmp_path / "again", *model, *other)
+    run(calft, root, clip(), tmp_path / "dev", *flags[:-1], "--val", "sketch", steps=2)
+    few, seed = flags[:-1], ["--seed", "4", *flags[2:]]
+    for name, other in (("sketch", seed), ("sketch", few), ("dev", few)):
+        with pytest.raises(SystemExit, match=f"^error: .*{name} was tuned with .* give that flag"):
+            call(root, tmp_path / "again", "--model", f"{tmp_path}/{name}", *other)
     capsys.readouterr()
     evaluate.main(["--mean", *(f"{tmp_path}/{d}" for d in domains)])
     lines = capsys.readouterr().out.splitlines()[2:]
@@ -141,10 +143,11 @@ def test_five_models_side_by_side(tiny_root, clip, tmp_path, monkeypatch, capsys
 def test_skip_corrupt_counts_and_lists(tiny_root, clip, tmp_path, capsys):
     """The scores are those without the file, which is counted and named."""
     shutil.copytree(tiny_root, tmp_path / "root")
-    bad = tmp_path / "root" / "sketch" / "bee" / "1.png"
+    bad = tmp_path / "root" / "sketch" / "bee" / os.fsdecode(b"not utf-8 \xff.png")
     bad.write_bytes(b"broken")
     got, = call(tmp_path / "root", tmp_path / "a", "--model", clip(), "--skip-corrupt")
-    assert f"skipped, not readable: {bad}" in capsys.readouterr().out
+    shown = f"{bad.parent}/not utf-8 \ufffd.png"
+    assert f"skipped, not readable: {shown}" in capsys.readouterr().out
     bad.unlink()
     without, = call(tmp_path / "root", tmp_path / "b", "--model", clip())
     assert [s["skipped"] for s in got["sets"].values()] == [0, 0, 0, 1]
