@@ -547,7 +547,8 @@ def table(columns):
     names = [name for name in first["sets"] if name not in own]
     names += ["shift mean"] * bool(first["shift_mean"]) + list(own)
     width = max(14, *(len(name) + 2 for name in names))
-    lines = [" " * (width + 15) + "".join(f"{title[-21:]:>22}" for title in columns),
+    titles = [title if len(title) < 22 else f"…{title[-20:]}" for title in columns]
+    lines = [" " * (width + 15) + "".join(f"{title:>22}" for title in titles),
              f"{'set':<{width}}{'images':>7}{'classes':>8}"
              + f"{'top-1':>8}{'± se':>6}{'ECE':>8}" * len(columns)]
     for name in names:
