@@ -623,10 +623,10 @@ class Run:
         if len(starts.unique(dim=0)) > 1:
             sys.exit(f"error: --out {args.out} is not the same folder for all processes")
         if RANK == 0 and not begun:
-            write(self.path / "args.json", identity)
-            for file in FILES:                              # an old file would pass for a new one
-                shutil.rmtree(self.path / file, ignore_errors=True)
-                (self.path / file).unlink(missing_ok=True)
+            for file in [self.path / f for f in FILES if (self.path / f).exists()]:
+                shutil.rmtree(file, ignore_errors=True)     # an old file would pass for a new one
+                file.unlink(missing_ok=True)
+            write(self.path / "args.json", identity)        # last, if a kill comes in between
 
     def add_results(self, results):
         self.results.update(results)

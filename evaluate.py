@@ -47,7 +47,7 @@ def sigma_min(features):
     x = (x - x.mean(0)) / x.std(0)
     return float(torch.linalg.svdvals(x.T @ x / (len(x) - 1))[-1])
 
-def load(name, args, val):
+def load(name, args, sets):
     """[(title, model, preprocess, tokenizer, head or None, alpha)] of one --model: itself, or a
     mixture for each alpha of --wise."""
     path = Path(name.removeprefix("local-dir:"))
@@ -55,14 +55,16 @@ def load(name, args, val):
         path, name = path / "model", f"local-dir:{path / 'model'}"
     run, head = common.read_json(path.parent / "args.json"), None
     title = str(path.parent if path.name == "model" else path)
-    held_out = not args.val and not Path(args.data, "val").is_dir() and run.get("data") == args.data
-    for flag in ("val", "seed", "val_frac", "train"):       # else val would hold training images
-        if held_out and run[flag] != getattr(args, flag):
-            sys.exit(f"error: {title} was tuned with {flag} {run[flag]}; give that flag here, too")
+    given = {k: run.get(k) for k in ("train", "val", "seed", "val_frac")}
+    scored = {args.val, *(s.name for s in sets)}.intersection(given["train"] or [])
+    held_out = not args.val and not Path(args.data, "val").is_dir()     # by the run's own flags
+    if run.get("data") == args.data and (
+            scored or held_out and given != {k: getattr(args, k) for k in given}):
+        sys.exit(f"error: {title} was tuned on images to be scored; give its own flags: {given}")
     model, _, preprocess, tokenizer = common.load_model(name, args.pretrained)
     if path.name == "model" and (path.parent / "head.safetensors").is_file():
         with safetensors.safe_open(path.parent / "head.safetensors", "pt") as f:
-            if json.loads(f.metadata()["classes"]) == val.classes:
+            if json.loads(f.metadata()["classes"]) == sets[0].classes:
                 head = f.get_tensor("W_cls")                                        # (K, d)
             else:
                 common.say(f"{title}: its head has other classes; its zero-shot head is used")
@@ -75,7 +77,7 @@ def load(name, args, val):
     base, *_ = common.load_model(run["model"], run["pretrained"])
     tuned, models = model.state_dict(), []
     if head is not None:
-        E = common.text_embeddings(base, tokenizer, val.classnames, val.templates)  # (K, M, d)
+        E = common.text_embeddings(base, tokenizer, sets[0].classnames, sets[0].templates)
         base_head = common.class_head(E).cpu()
     for alpha in args.wise:
         mixed = copy.deepcopy(base)
@@ -104,7 +106,6 @@ def plot(folder, columns, outcomes):
     shifts. outcomes: {title: {set: (confidence (n,), correct (n,))}}."""
     import matplotlib.pyplot as plt
     plt.switch_backend("Agg")
-    Path(folder).mkdir(parents=True, exist_ok=True)
     curves = {}
     for title, sets in outcomes.items():
         alpha = columns[title].get("alpha")
@@ -112,16 +113,16 @@ def plot(folder, columns, outcomes):
         if columns[title]["shift_mean"]:
             point = columns[title]["sets"]["val"]["top1"], columns[title]["shift_mean"]["top1"]
             curves.setdefault(name, []).append((alpha, *point))
-        if alpha not in (None, 0, 1):
-            continue
-        wide, tall = min(4, len(sets)), -(-len(sets) // 4)
-        figure, axes = plt.subplots(tall, wide, figsize=(2.6 * wide, 2.8 * tall), squeeze=False,
-                                    layout="constrained")
-        for axis in axes.flat[len(sets):]:
-            axis.set_visible(False)
-        for axis, (name, outcome) in zip(axes.flat, sets.items()):
-            reliability(axis, *outcome, name)
-        figure.savefig(f"{folder}/reliability_{filename(title)}.png", dpi=120)
+        if alpha in (None, 0, 1):
+            wide, tall = min(4, len(sets)), -(-len(sets) // 4)
+            figure, axes = plt.subplots(tall, wide, figsize=(2.6 * wide, 2.8 * tall), squeeze=False,
+                                        layout="constrained")
+            for axis in axes.flat[len(sets):]:
+                axis.set_visible(False)
+            for axis, (name, outcome) in zip(axes.flat, sets.items()):
+                reliability(axis, *outcome, name)
+            with common.replacing(f"{folder}/reliability_{filename(title)}.png") as f:
+                figure.savefig(f, dpi=120)
     figure, axis = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
     for name, points in curves.items():
         alphas, x, y = zip(*sorted(points, key=lambda point: point[0] or 0))
@@ -132,8 +133,8 @@ def plot(folder, columns, outcomes):
                     4, 4 if i % 2 else -10), textcoords="offset points")
     axis.set(xlabel="val top-1 (%)", ylabel="mean top-1 over shifts (%)")
     axis.legend(fontsize=8)
-    figure.savefig(f"{folder}/val_against_shifts.png", dpi=120)
-    plt.close("all")
+    with common.replacing(f"{folder}/val_against_shifts.png") as f:
+        figure.savefig(f, dpi=120)
 
 def print_mean(folders):
     """Print mean and deviation over runs: on sets that all of them have, and of shift means."""
@@ -179,7 +180,7 @@ def main(argv=None):
         args.train = [val]                                  # its classes stand in for training's
 
     _, sets = common.read_data(args)
-    loaded = [entry for name in np.ravel(args.model) for entry in load(str(name), args, sets[0])]
+    loaded = [entry for name in np.ravel(args.model) for entry in load(str(name), args, sets)]
     everything = common.image_features(
         [m for _, m, *_ in loaded], [p for _, _, p, *_ in loaded], sets, args, "scoring",
         skip=args.skip_corrupt, precision=args.precision)
@@ -209,9 +210,8 @@ def main(argv=None):
     bad = [s.paths[u[:, 0].isnan().numpy()] for s, u in zip(sets, everything[0])]
     notes += [f"skipped, not readable: {p.decode(errors='replace')}" for p in np.concatenate(bad)]
     common.write(f"{args.out}/results.json", columns)
-    titles = list(columns)
-    for i in range(0, len(titles), 3):                      # three models are 100 columns wide
-        common.say("\n" + common.table({title: columns[title] for title in titles[i:i + 3]}))
+    for i in range(0, len(columns), 3):                     # three models are 100 columns wide
+        common.say("\n" + common.table(dict(list(columns.items())[i:i + 3])))
     common.say("\n".join(notes))
     if args.plot and common.RANK == 0:
         plot(args.plot, columns, outcomes)

@@ -92,7 +92,6 @@ def test_a_tower_without_projection(tiny_root, clip, tmp_path):
 def test_val_is_scored_after_each_epoch(tiny_root, clip, tmp_path, monkeypatch):
     """By the weights of that moment, which scoring does not move; the last are in results.json."""
     save, sets, lines = common.Run.save, {}, {}
-
     def keep(self, step, parts):
         common.export(parts["model"], clip(), tmp_path / str(step))
         save(self, step, parts)

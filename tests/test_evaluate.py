@@ -93,7 +93,9 @@ def test_what_cannot_be_evaluated_is_refused(tiny_root, clip, tmp_path, monkeypa
     """A missing library, mixing with an unknown model, and writing over a run's results."""
     results = run(calft, tiny_root, clip(), tmp_path / "run", steps=1)
     for flags, message in ((["--wise", "1", "--model", clip()], "--wise: .* is no run's folder"),
-                           (["--out", f"{tmp_path}/run"], "--out .*run holds a run")):
+                           (["--out", f"{tmp_path}/run"], "--out .*run holds a run"),
+                           (["--plot", f"{tiny_root}/templates.txt/x", "--model", clip()],
+                            ".* cannot be written")):
         with pytest.raises(SystemExit, match=f"^error: {message}"):
             call(tiny_root, tmp_path / "out", *flags)
     assert common.read_json(f"{tmp_path}/run/results.json") == results
@@ -114,8 +116,9 @@ def test_runs_that_left_a_domain_out(clip, tmp_path, capsys):
     assert_same_scores(*call(root, tmp_path / "again", *model, *flags), runs[-1])
     run(calft, root, clip(), tmp_path / "dev", *flags[:-1], "--val", "sketch", steps=2)
     few, seed = flags[:-1], ["--seed", "4", *flags[2:]]
-    for name, other in (("sketch", seed), ("sketch", few), ("dev", few)):
-        with pytest.raises(SystemExit, match=f"^error: .*{name} was tuned with .* give that flag"):
+    for name, other in (("sketch", seed), ("sketch", few), ("dev", few),
+                        *(("sketch", [*few, "--val", d]) for d in ("sketch", "photo"))):
+        with pytest.raises(SystemExit, match=f"^error: .*{name} was tuned on images to be scored"):
             call(root, tmp_path / "again", "--model", f"{tmp_path}/{name}", *other)
     capsys.readouterr()
     evaluate.main(["--mean", *(f"{tmp_path}/{d}" for d in domains)])
