@@ -55,11 +55,11 @@ def load(name, args, sets):
         path, name = path / "model", f"local-dir:{path / 'model'}"
     run, head = common.read_json(path.parent / "args.json"), None
     title = str(path.parent if path.name == "model" else path)
+    trained, val = set(run.get("train", [])), args.val or "val"
     given = {k: run.get(k) for k in ("train", "val", "seed", "val_frac")}
-    scored = {args.val, *(s.name for s in sets)}.intersection(given["train"] or [])
     held_out = not args.val and not Path(args.data, "val").is_dir()     # by the run's own flags
-    if run.get("data") == args.data and (
-            scored or held_out and given != {k: getattr(args, k) for k in given}):
+    if run.get("data") == args.data and (val in trained or trained - {*args.train, "train"}
+            or held_out and given != {k: getattr(args, k) for k in given}):
         sys.exit(f"error: {title} was tuned on images to be scored; give its own flags: {given}")
     model, _, preprocess, tokenizer = common.load_model(name, args.pretrained)
     if path.name == "model" and (path.parent / "head.safetensors").is_file():
