@@ -604,7 +604,7 @@ class Run:
     """The files in --out. results: the content of results.json; start: the step to begin with."""
     def __init__(self, args, sets, *texts):
         """Continue the run in --out or begin one; an error if it has other flags, data or texts."""
-        self.args, self.path, self.stopped, self.saved = args, pathlib.Path(args.out), False, 0
+        self.args, self.path, self.stopped = args, pathlib.Path(args.out), False
         about = [(s.name, s.paths.tolist(), s.classnames, s.templates, s.columns) for s in sets]
         digest = hashlib.sha256(repr((about, texts)).encode()).hexdigest()
         identity = {**vars(args), "data and texts": digest[:16]}
@@ -618,7 +618,7 @@ class Run:
         self.checkpoint = {"step": 0, "log_bytes": 0}
         if begun and (self.path / "last.pt").exists():
             self.checkpoint = torch.load(self.path / "last.pt", "cpu", mmap=True, weights_only=True)
-        self.start = self.checkpoint["step"]
+        self.start = self.saved = self.checkpoint["step"]
         starts = gather(torch.tensor([[self.start, len(self.results)]], device=DEVICE))
         if len(starts.unique(dim=0)) > 1:
             sys.exit(f"error: --out {args.out} is not the same folder for all processes")
@@ -669,8 +669,9 @@ class Run:
                 f.write(json.dumps(line) + "\n")
 
     def save(self, step, parts):
-        """Write last.pt: `parts` after `step` steps; an error if a weight is not finite."""
-        if RANK == 0:
+        """Write last.pt, unless it is of this step: `parts` after `step` steps; an error if a
+        weight is not finite."""
+        if RANK == 0 and step != self.saved:
             state = {name: part.state_dict() for name, part in parts.items()}
             if not all(t.isfinite().all() for t in tree_leaves(state) if torch.is_tensor(t)):
                 sys.exit(f"error: weights are not finite after step {step - 1}; last.pt is kept")

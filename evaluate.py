@@ -47,7 +47,7 @@ def sigma_min(features):
     x = (x - x.mean(0)) / x.std(0)
     return float(torch.linalg.svdvals(x.T @ x / (len(x) - 1))[-1])
 
-def load(name, args, sets):
+def load(name, args, val):
     """[(title, model, preprocess, tokenizer, head or None, alpha)] of one --model: itself, or a
     mixture for each alpha of --wise."""
     path = Path(name.removeprefix("local-dir:"))
@@ -55,16 +55,16 @@ def load(name, args, sets):
         path, name = path / "model", f"local-dir:{path / 'model'}"
     run, head = common.read_json(path.parent / "args.json"), None
     title = str(path.parent if path.name == "model" else path)
-    trained, val = set(run.get("train", [])), args.val or "val"
+    scored = set(run.get("train", [])) - ({*args.train, "train"} - {args.val or "val"})
     given = {k: run.get(k) for k in ("train", "val", "seed", "val_frac")}
     held_out = not args.val and not Path(args.data, "val").is_dir()     # by the run's own flags
-    if run.get("data") == args.data and (val in trained or trained - {*args.train, "train"}
-            or held_out and given != {k: getattr(args, k) for k in given}):
+    if run.get("data") == args.data and (
+            scored or held_out and given != {k: getattr(args, k) for k in given}):
         sys.exit(f"error: {title} was tuned on images to be scored; give its own flags: {given}")
     model, _, preprocess, tokenizer = common.load_model(name, args.pretrained)
     if path.name == "model" and (path.parent / "head.safetensors").is_file():
         with safetensors.safe_open(path.parent / "head.safetensors", "pt") as f:
-            if json.loads(f.metadata()["classes"]) == sets[0].classes:
+            if json.loads(f.metadata()["classes"]) == val.classes:
                 head = f.get_tensor("W_cls")                                        # (K, d)
             else:
                 common.say(f"{title}: its head has other classes; its zero-shot head is used")
@@ -77,7 +77,7 @@ def load(name, args, sets):
     base, *_ = common.load_model(run["model"], run["pretrained"])
     tuned, models = model.state_dict(), []
     if head is not None:
-        E = common.text_embeddings(base, tokenizer, sets[0].classnames, sets[0].templates)
+        E = common.text_embeddings(base, tokenizer, val.classnames, val.templates)  # (K, M, d)
         base_head = common.class_head(E).cpu()
     for alpha in args.wise:
         mixed = copy.deepcopy(base)
@@ -180,7 +180,7 @@ def main(argv=None):
         args.train = [val]                                  # its classes stand in for training's
 
     _, sets = common.read_data(args)
-    loaded = [entry for name in np.ravel(args.model) for entry in load(str(name), args, sets)]
+    loaded = [entry for name in np.ravel(args.model) for entry in load(str(name), args, sets[0])]
     everything = common.image_features(
         [m for _, m, *_ in loaded], [p for _, _, p, *_ in loaded], sets, args, "scoring",
         skip=args.skip_corrupt, precision=args.precision)

@@ -19,8 +19,7 @@ What a step makes the host wait for on a GPU, by reading the code (none of it is
   found_inf on the GPU.
 - Every --log-every steps the losses; every --save-every steps the finiteness check, tensor by
   tensor, and the copy of last.pt to the CPU. Gradients are averaged after the backward pass.
-- Scoring: the features of each batch, in float32 without TF32 (`plan` has the seconds). Captions
-  by --caption-model: each token.
+- Scoring: the features of each batch, in float32 without TF32. Captions: each token.
 """
 import argparse
 import gc

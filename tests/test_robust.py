@@ -32,7 +32,7 @@ def popen(command):
 
 def start(name, arguments, patch=""):
     """Start code `patch` and then a script's main."""
-    code = f"import os, signal, sys, torch, {name}\n{patch}\n{name}.main(sys.argv[1:])"
+    code = f"import common, os, signal, sys, torch, {name}\n{patch}\n{name}.main(sys.argv[1:])"
     return popen([sys.executable, "-c", code, *arguments])
 
 def end(process, code):
@@ -71,7 +71,6 @@ torch.save = cut
 """
 
 IN_THE_FIRST_EPOCHS_SCORING = """
-import common
 evaluate, kills = common.evaluate, iter([None, lambda *_: os.kill(os.getpid(), signal.SIGKILL)])
 common.evaluate = lambda *a: (next(kills) or evaluate)(*a)
 """
@@ -278,6 +277,7 @@ MISTAKES = [                                                # flags, and words o
     ("calft --train train/ant", "train/ant", "two classes"),
     ("calft --val other", "other", "fox"),
     ("calft --eval /nowhere", "/nowhere"),
+    ("calft --val-frac 1.5", "--val-frac"),
     ("calft --model ViT-B/16", "ViT-B/16", "ViT-B-16-quickgelu,"),
     ("calft --model TINY", "local-dir:"),
     ("calft --model local-dir:/nowhere", "/nowhere"),
@@ -286,8 +286,10 @@ MISTAKES = [                                                # flags, and words o
     ("calft --batch-size 1000", "--batch-size", "40"),
     ("calft --accum 3", "--accum"),
     ("calft --model RESNET --grad-checkpointing", "--grad-checkpointing; give --accum"),
+    ("calft --epochs 0.5", "--epochs"),
     ("calft --lr nan", "--lr"),
     ("calft --seed 99999999999999999999", "--seed"),
+    ("calft --sd", "--sd"),
     ("calft --learning-rate 1", "--learning-rate"),
     ("calft --out TINY/templates.txt", "templates.txt"),
     ("calft --out /proc/nothing", "/proc/nothing"),
