@@ -13,249 +13,203 @@
 "a photo of a [CLASS]" says little, and tuning on it alone forgets the rest. The anchors are richer
 text to contrast with: captions, and pairs like those of CLIP's pretraining. Both towers and tau are
 trained; the result is a CLIP. No code was released. From the paper: the three terms, a pretrained
-captioner (BLIP-2; here open_clip's CoCa), and pairs retrieved for the task. Ours: weights of 1, the
+captioner (BLIP-2: tests/captions.py), and pairs retrieved for the task. Ours: weights of 1, the
 pair nearest to each image (k = 1) by untuned image features, FLYP's recipe (Goyal et al., 2023).
 
     python anchor.py                                               # the toy
-    python anchor.py --data /imagenet --captions captions.tsv --pool '/cc3m/{00000..00331}.tar'
-    python anchor.py --data ROOT --caption-model coca_ViT-L-14:mscoco_finetuned_laion2b_s13b_b90k
+    python anchor.py --data /imagenet --captions captions.tsv --pool cc3m/pool.tsv
     python anchor.py --cap 0 --ret 0 --out out/flyp                # the baseline FLYP: no anchors
 """
+import argparse
 import itertools
 import math
 import os
-import re
-import sys
-import tarfile
+import signal
 from dataclasses import replace
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 import common
 
-# ---- text-compensated anchor: captions of the training images ------------------------------------
+# ---- the anchors: captions, and pairs that are retrieved from a pool -----------------------------
 def read_captions(path, images, root):
-    """Captions of every image of a set, [[caption, ...], ...]. Each line of the file: a path in
-    ROOT, a tab, a caption; at least one for each image. Lines of other images are passed over."""
-    captions = {os.fsdecode(p): [] for p in images.paths}
+    """Return the captions of every image of a set, [[caption, ...], ...], from a file whose lines
+    are a path in ROOT, a tab, a caption. Every image needs one; lines of other images are
+    skipped."""
+    captions = {os.fsdecode(file): [] for file in images.paths}
     for file, text in common.read_rows(path, "path", "caption"):
         file = os.path.join(root, file)
         if file in captions:
             captions[file].append(text)
         elif not os.path.isfile(file):
-            sys.exit(f"error: {path}: there is no image {file}")
-    without = [file for file, texts in captions.items() if not texts]
-    if without:
-        sys.exit(f"error: {path} has no caption for {len(without)} images, such as {without[0]}")
+            common.fail(f"{path}: there is no image {file}")
+    for file, texts in captions.items():
+        if not texts:
+            common.fail(f"{path} has no caption for {file}; tests/captions.py writes captions")
     return list(captions.values())
 
-@torch.no_grad()
-def greedy_captions(coca, images, length=30, start=49406, end=49407):
-    """Greedy decoding: normalised images (n, 3, S, S) -> tokens (n, at most length), 0 after the
-    end token. Each image is encoded once. open_clip's own `generate` fails with transformers 5."""
-    latent, embeddings = coca._encode_image(images)
-    tokens = torch.full((len(images), 1), start, device=images.device)
-    ended = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    while tokens.shape[1] < length and not ended.all():
-        out = coca(None, tokens, image_latent=latent, image_embs=embeddings, output_labels=False)
-        following = out["logits"][:, -1].argmax(-1).masked_fill(ended, 0)           # (n,)
-        tokens, ended = torch.cat([tokens, following[:, None]], 1), ended | (following == end)
-    return tokens
-
-def write_captions(path, name, images, args):
-    """Caption a set by open_clip's CoCa `name` (NAME:TAG). Lines are appended to `path` as they
-    come; started again, it goes on after the last whole line."""
-    names = [os.path.relpath(os.fsdecode(p), args.data) for p in images.paths]
-    lines = header = [f"path\tcaption by {name}\n"]
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8", errors="replace", newline="\n") as f:
-            lines = [line for line in f if line.endswith("\n")] or header
-    done = len(lines) - 1
-    if lines[:1] != header or [line.split("\t")[0] for line in lines[1:]] != names[:done]:
-        sys.exit(f"error: {path} is not by this --caption-model on these images; give another "
-                 "--captions, or this one without --caption-model")
-    with common.replacing(path) as f:                       # drops a line that a kill has cut
-        f.write("".join(lines).encode())
-    if done == len(images):
-        return
-    model, tag = (name, "") if name.startswith("local-dir:") else name.split(":", 1)
-    coca, _, preprocess, tokenizer = common.load_model(model, tag)
-    if not hasattr(coca, "text_decoder"):
-        sys.exit(f"error: --caption-model {name} is no CoCa, so it cannot write")
-    batches = common.loader(common.EvalImages([images], [preprocess]), args.batch_size,
-                            range(done, len(images)), args)
-    with open(path, "a", encoding="utf-8", newline="\n") as f:
-        for (x,), failed in tqdm(batches, "captions"):
-            with common.autocast(args.precision):
-                tokens = greedy_captions(coca, common.to_input(coca, x)).tolist()
-            for row, unreadable in zip(tokens, (failed >= 0).tolist()):
-                row = row[1:row.index(49407)] if 49407 in row else row[1:]
-                text = " ".join(tokenizer.decode(row).split()) if not unreadable else ""
-                f.write(f"{names[done]}\t{text or 'an image'}\n")
-                done += 1
-            f.flush()
-
-# ---- image-text-pair anchor: a pool, and what is retrieved from it -------------------------------
-def open_pool(pattern):
-    """The image-text pairs of --pool, (ImageSet of m images, m texts). --pool: a TSV of path (in
-    the TSV's folder) and text, or img2dataset's shards, "x/{000..331}.tar"."""
-    pairs, shards, base = [], [pattern], os.path.dirname(os.path.abspath(pattern))
-    if not pattern.endswith(".tar"):
-        rows, shards = common.read_rows(pattern, "path", "text"), []
-        pairs = [(os.path.join(base, path), text) for path, text in rows]
-    elif numbers := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
-        first, last = numbers.groups()
-        shards = [pattern.replace(numbers[0], f"{s:0{len(first)}}")
-                  for s in range(int(first), int(last) + 1)]
-    for shard in tqdm(shards, "indexing the pool", leave=False, disable=common.RANK > 0):
-        images, texts = {}, {}
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                for member in tar:
-                    stem, kind = os.path.splitext(member.name)
-                    if kind.lower() in (".jpg", ".jpeg", ".png", ".webp"):
-                        images[stem] = f"{shard}:{member.offset_data}:{member.size}"
-                    elif kind == ".txt":
-                        texts[stem] = " ".join(tar.extractfile(member).read().decode().split())
-        except (OSError, ValueError, tarfile.TarError) as e:
-            sys.exit(f"error: --pool: {shard} cannot be read as an uncompressed tar ({e})")
-        pairs += [(images[stem], texts[stem]) for stem in images if texts.get(stem)]
-    if not pairs:
-        sys.exit(f"error: --pool {pattern} holds no pairs of an image and a text")
-    files = np.array([os.fsencode(path) for path, _ in pairs])
-    pool = common.ImageSet("pool", [], [], [], None, files, np.zeros(len(files), int))
-    return pool, [text for _, text in pairs]
+def read_pool(path):
+    """Return the image-text pairs of a file whose lines are a path from the file's folder, a tab, a
+    text: an ImageSet of m images, and their m texts."""
+    rows = common.read_rows(path, "path", "text")
+    if not rows:
+        common.fail(f"--pool {path} holds no pairs; expected lines of path<TAB>text")
+    folder = os.path.dirname(os.path.abspath(path))
+    files = np.array([os.fsencode(os.path.join(folder, file)) for file, _ in rows])
+    labels = np.zeros(len(files), int)
+    pool = common.ImageSet("pool", [], [], [], files, labels, None, "", False)
+    return pool, [text for _, text in rows]
 
 @torch.no_grad()
 def retrieve(query, pool, k):
-    """For each row of query (n, d) the indices of the k rows of pool (m, d) with greatest inner
-    product, best first: int64 (n, k). Exact brute force in float32 on query's device, by blocks of
-    4096 x 32768 scores (0.5 GiB). ImageNet against CC3M (n = 1.28, m = 3.3 million, d = 512): 10.5
-    hours on two CPU cores (extrapolated from a block), two minutes at 40 TFLOP/s (computed)."""
+    """Return for each row of query (n, d) the indices of the k rows of pool (m, d) with the largest
+    inner products, best first: int64 (n, k), on the device of query.
+
+    Brute force, exact, in float32, by blocks of 4096 x 32768 scores (0.5 GiB). ImageNet against
+    CC3M (n = 1.28, m = 3.3 million, d = 512) takes 10.5 hours on two CPU cores (extrapolated from a
+    block), or two minutes at 40 TFLOP/s (computed)."""
     k = min(k, len(pool))
-    best = torch.full((len(query), k), -math.inf, device=query.device)
-    index = torch.full((len(query), k), -1, device=query.device)
+    best_scores = torch.full((len(query), k), -math.inf, device=query.device)
+    best = torch.full((len(query), k), -1, device=query.device)
     for start in range(0, len(pool), 32768):
         block = pool[start:start + 32768].to(query.device).float()                  # (32768, d)
         for rows in torch.arange(len(query), device=query.device).split(4096):
-            top, at = (query[rows].float() @ block.T).topk(min(k, len(block)))      # (4096, k)
-            best[rows], order = torch.cat([best[rows], top], 1).topk(k)
-            index[rows] = torch.cat([index[rows], at + start], 1).gather(1, order)
-    return index
+            found = (query[rows].float() @ block.T).topk(min(k, len(block)))        # (4096, k)
+            scores = torch.cat([best_scores[rows], found.values], dim=1)            # (4096, 2k)
+            indices = torch.cat([best[rows], start + found.indices], dim=1)         # (4096, 2k)
+            best_scores[rows], order = scores.topk(k)
+            best[rows] = indices.gather(1, order)
+    return best
 
 def retrieve_pairs(pool, train, model, preprocess, args):
-    """Rows of the pool that are among the k nearest of a training image, by image features of the
-    untuned model, which are kept in --out. Unreadable images are left out and counted."""
+    """Return the rows of the pool that are among the k nearest of a training image, by image
+    features of the untuned model, which are kept in --out. Unreadable images are left out."""
     path = os.path.join(args.out, "features.safetensors")
-    if os.path.isfile(path):
-        features = load_file(path)
-    else:
-        (of_train, of_pool), = common.image_features(
-            [model], [preprocess], [train, pool], args, "features for retrieval", skip=True,
-            precision=args.precision)                                               # (n, d), (m, d)
-        features = {"train": of_train.half(), "pool": of_pool.half()}
+    if not os.path.isfile(path):
+        features = {}
+        for images in (train, pool):
+            u, = common.image_features(                     # (n, d) or (m, d), NaN if unreadable
+                [model], [preprocess], images, args, skip_corrupt=True, precision=args.precision)
+            features[images.name] = u.half()
         common.write(path, features)
-    readable = (~features["pool"][:, 0].isnan()).nonzero().squeeze(1)               # (m',)
+    else:
+        features = load_file(path)
+    is_readable = ~features["pool"][:, 0].isnan()                                   # (m,)
+    readable = is_readable.nonzero().squeeze(1)                                     # (m',)
     query = features["train"][~features["train"][:, 0].isnan()].to(common.DEVICE)   # (n', d)
-    near = readable[retrieve(query, features["pool"][readable], args.k).unique().cpu()]
-    common.say(f"retrieved {len(near)} of the {len(readable)} readable pairs among {len(pool)}")
-    return near.tolist()
+    nearest = retrieve(query, features["pool"][readable], args.k)                   # (n', k)
+    rows = readable[nearest.unique().cpu()]
+    common.say(f"retrieved {len(rows)} of the {len(readable)} readable pairs among {len(pool)}")
+    return rows.tolist()
+
+def texts_of(tokens, rows):
+    """Return some rows (n,) of a table of tokens (m, L) on the CPU, cut at the longest of them, on
+    the device. Texts differ widely in length."""
+    batch = common.cut_padding(tokens[rows])
+    if common.DEVICE.type == "cuda":
+        batch = batch.pin_memory()                          # otherwise the copy waits for the GPU
+    return batch.to(common.DEVICE, non_blocking=True)
 
 def cosine_lr(step, total, warmup, peak):
-    """Learning rate: linear up to `peak` over `warmup` steps, then a cosine to 0 at `total`."""
+    """Return the learning rate: a linear rise to `peak`, then a cosine to 0 at `total` steps."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 # ---- the run -------------------------------------------------------------------------------------
 def main(argv=None):
-    parser = common.flags(__doc__, "out/anchor", epochs=10, lr=1e-5, wd=0.1, warmup=500)   # FLYP's
-    add = parser.add_argument_group("ARF").add_argument
-    add("--captions", metavar="FILE", help="captions of training images: path in ROOT<TAB>caption")
-    add("--caption-model", metavar="NAME:TAG", help="CoCa that writes them (to OUT/captions.tsv)")
-    add("--pool", metavar="FILE", help="image-text pairs: path<TAB>text, or 'x/{000..331}.tar'")
-    add("--k", type=common.positive_int, default=1, help="pairs for each image (%(default)s)")
-    add("--cap", type=common.weight, default=1.0, help="weight of the captions (%(default)s)")
-    add("--ret", type=common.weight, default=1.0, help="weight of the pairs (%(default)s)")
-    args = common.start(parser, argv)                       # without --data: draws the toy
+    parser = common.make_train_parser("ARF", __doc__, "out/anchor", lr=1e-5)
+    group = parser.add_argument_group("ARF")
+    group.add_argument("--captions", metavar="FILE", help="lines of path in ROOT<TAB>caption")
+    group.add_argument("--pool", metavar="FILE", help="image-text pairs, lines of path<TAB>text")
+    common.add_number(group, "--k", 1, "pairs to retrieve for each training image")
+    common.add_number(group, "--cap", 1.0, "weight of the captions")
+    common.add_number(group, "--ret", 1.0, "weight of the retrieved pairs")
+    args = common.fill_in(*common.given_flags(parser, argv))            # without --data: the toy
+    common.start_processes()
 
+    # data, anchors, model, optimiser
     train, sets = common.read_data(args)                    # sets: val, then all others to score
     total = common.total_steps(args, len(train))
-    use_cap, use_ret = args.cap and (args.captions or args.caption_model), args.ret and args.pool
-    if (args.cap or args.ret) and not (use_cap or use_ret):
-        sys.exit("error: ARF needs --captions, --caption-model or --pool; --cap 0 --ret 0 is FLYP")
-    if args.caption_model and (common.WORLD > 1 or ":" not in args.caption_model):
-        sys.exit("error: --caption-model needs a tag, as coca_ViT-L-14:TAG, and a single process")
-    captions, pools, pool_texts = [], [], []
-    if use_cap:
-        file = args.captions or os.path.join(args.out, "captions.tsv")
-        if args.caption_model:
-            write_captions(file, args.caption_model, train, args)
-        captions = read_captions(file, train, args.data)
-    if use_ret:
-        pool, pool_texts = open_pool(args.pool)
-        pools = [pool]
-    torch.manual_seed(args.seed)                            # for random initialisation
+    use_captions = args.cap > 0 and args.captions is not None
+    use_pairs = args.ret > 0 and args.pool is not None
+    wants_anchors = args.cap > 0 or args.ret > 0
+    if wants_anchors and not (use_captions or use_pairs):
+        common.fail("ARF needs --captions or --pool; --cap 0 --ret 0 is FLYP")
+    anchors = []
+    if use_captions:
+        captions = read_captions(args.captions, train, args.data)
+        anchors.append(captions)
+    if use_pairs:
+        pool, pool_texts = read_pool(args.pool)
+        anchors.append((pool.paths.tolist(), pool_texts))
+    torch.manual_seed(args.seed)                            # seeds random initialisation
     model, crop, preprocess, tokenizer = common.load_model(args.model, args.pretrained)
+    # The towers train in eval mode: BatchNorm keeps its statistics, and nothing is dropped.
     tokens = common.prompts(tokenizer, train.classnames, train.templates)           # (K, M, L)
+    tokens = tokens.to(common.DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.wd, fused=True)
     scaler = torch.amp.GradScaler(common.DEVICE.type, enabled=args.precision == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    common.prepare_towers(model, args)                      # --compile, --grad-checkpointing
+    saved = {"model": model, "optimizer": optimizer, "scaler": scaler}      # what last.pt holds
+    common.prepare_towers(model, args)
 
-    run = common.Run(args, [train, *sets, *pools], captions, pool_texts)
-    if "sets" in run.results:                               # --out holds this run, finished
+    run = common.Run(args, [train, *sets], *anchors)
+    if "sets" in run.results:                               # the run in --out has ended
         return run.report()
-    if not run.results:                                     # here, so that a bad file shows early
-        run.add_results({"zero_shot": common.evaluate(model, tokenizer, preprocess, sets, args)})
-    if use_cap:
+    if not run.results:                                     # before training, so that an unreadable
+        zero_shot = common.evaluate(model, tokenizer, preprocess, sets, args)   # file is found early
+        run.add_results({"zero_shot": zero_shot})
+    if use_captions:
         caption_tokens = common.tokenize(tokenizer, list(itertools.chain(*captions)))
-        count = torch.tensor([len(c) for c in captions])    # (n,): captions of each image
-        first = count.cumsum(0) - count                     # (n,): row of the first of them
-    pair_loader = itertools.repeat(None)
-    if use_ret:
-        near = retrieve_pairs(pool, train, model, preprocess, args)
-        pairs = replace(pool, paths=pool.paths[near], labels=pool.labels[near])
-        pair_tokens = common.tokenize(tokenizer, [pool_texts[i] for i in near])
+        n_captions = torch.tensor([len(texts) for texts in captions])   # (n,) of each image
+        first_caption = n_captions.cumsum(0) - n_captions   # (n,) row in caption_tokens
+    pair_batches = itertools.repeat(None)
+    if use_pairs:
+        rows = retrieve_pairs(pool, train, model, preprocess, args)
+        pairs = replace(pool, paths=pool.paths[rows], labels=pool.labels[rows])
+        pair_tokens = common.tokenize(tokenizer, [pool_texts[row] for row in rows])
         R = min(args.batch_size, len(pairs) // common.WORLD * common.WORLD)
-        if not R:
-            sys.exit(f"error: {len(pairs)} pairs are too few for the processes; give a greater --k")
-        seed = args.seed + 2 ** 63                          # no --seed is that great
-        pair_loader = common.train_loader(pairs, crop, args, run.start, total, R, seed)
-    run.restore(parts)                                      # after retrieval by the untuned model
+        if R == 0:
+            common.fail(f"{len(pairs)} retrieved pairs are too few; give a larger --k")
+        seed = args.seed + 2 ** 63                          # no --seed is that large
+        pair_args = argparse.Namespace(**{**vars(args), "batch_size": R, "seed": seed})
+        pair_batches = common.train_loader(pairs, crop, pair_args, run.first_step, total)
+    run.restore(saved)                                      # after retrieval by the untuned model
 
-    # the loop; this process has n = N / WORLD images of a batch, and r = R / WORLD pairs
-    loader, M = common.train_loader(train, crop, args, run.start, total), len(train.templates)
-    for step, (batch, pair_batch) in run.steps(zip(loader, pair_loader), total):
-        seen = step * args.batch_size                       # score val when an epoch has ended:
-        if step and args.eval_every and seen % (args.eval_every * len(train)) < args.batch_size:
-            run.save(step, parts)                           # a signal may end a long scoring
-            val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)
-            run.log(step=step - 1, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, total, args.warmup, args.lr)
+    # the loop; this process has n = N / WORLD images of each batch, and r = R / WORLD pairs
+    batches = common.train_loader(train, crop, args, run.first_step, total)
+    M = len(train.templates)
+    for step, (batch, pair_batch) in run.steps(zip(batches, pair_batches), total):
+        lr = cosine_lr(step, total, args.warmup, args.lr)
+        optimizer.param_groups[0]["lr"] = lr
         images, labels, rows, draws = batch
-        template, caption = draws % M, draws // M                                   # (n,)
-        images, tau = common.to_input(model, images), model.logit_scale.exp()       # (n, 3, H, W)
+        images = common.to_input(model, images)                                     # (n, 3, S, S)
+        template_id = draws % M                             # one random number draws the template
+        text = tokens[labels, template_id]                  # and the caption           (n, L)
+        tau = model.logit_scale.exp()
+
         with common.autocast(args.precision):
             u = common.encode_image(model, images, args.accum)                      # (n, d)
-            v = common.encode_text(model, tokens[labels, template], args.accum)     # (n, d)
-        loss = common.contrastive_loss(u, v, tau)
-        terms = {"contrastive": loss}
-        if use_cap:
-            caption = first[rows] + caption % count[rows]                           # (n,)
+            v = common.encode_text(model, text, args.accum)                         # (n, d)
+        terms = {"contrastive": common.contrastive_loss(u, v, tau)}
+        loss = terms["contrastive"]
+        if use_captions:
+            caption_id = draws // M % n_captions[rows]                              # (n,)
+            text = texts_of(caption_tokens, first_caption[rows] + caption_id)       # (n, L)
             with common.autocast(args.precision):
-                c = common.encode_text(model, caption_tokens[caption], args.accum)  # (n, d)
+                c = common.encode_text(model, text, args.accum)                     # (n, d)
             terms["captions"] = common.contrastive_loss(u, c, tau)
             loss = loss + args.cap * terms["captions"]
-        if use_ret:
-            pair_images, _, pair, _ = pair_batch                                    # pair (r,)
+        if use_pairs:
+            pair_images, _, pair_rows, _ = pair_batch                               # r of each
+            pair_images = common.to_input(model, pair_images)                       # (r, 3, S, S)
+            text = texts_of(pair_tokens, pair_rows)                                 # (r, L)
             with common.autocast(args.precision):
-                a = common.encode_image(model, common.to_input(model, pair_images), args.accum)
-                b = common.encode_text(model, pair_tokens[pair], args.accum)        # (r, d)
+                a = common.encode_image(model, pair_images, args.accum)             # (r, d)
+                b = common.encode_text(model, text, args.accum)                     # (r, d)
             terms["retrieved"] = common.contrastive_loss(a, b, tau)
             loss = loss + args.ret * terms["retrieved"]
 
@@ -267,14 +221,19 @@ def main(argv=None):
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))     # CLIP's own bound
 
-        if step % args.log_every == 0 or step + 1 == total:
-            run.log(step=step, loss=loss, **terms, lr=group["lr"])
-        if (step + 1) % args.save_every == 0 or step + 1 == total or run.stopped:
-            run.save(step + 1, parts)
+        is_last = step + 1 == total
+        if step % args.log_every == 0 or is_last:
+            run.log(step, loss=loss, **terms, lr=lr)
+        if (step + 1) % args.save_every == 0 or is_last:
+            run.save(step + 1, saved)                       # first: the run may be killed below
+        if common.epoch_ended(step, total, len(train), args):
+            val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)["sets"]["val"]
+            run.log(step, val_top1=val["top1"], val_ece=val["ece"])
 
     common.export(model, args.model, run.path / "model")    # before scoring, which may fail
     run.add_results(common.evaluate(model, tokenizer, preprocess, sets, args))
     run.report()
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C ends the run at once
     main()

@@ -26,7 +26,7 @@ stands in the code alone, without a reason.
 """
 import copy
 import math
-import sys
+import signal
 
 import torch
 
@@ -34,101 +34,113 @@ import common
 
 # ---- the loss ------------------------------------------------------------------------------------
 def orthogonality(W):
-    """L_oc of W (d_in, d): scalar. The norm is not squared; the default weight 0.2 is for this."""
-    return torch.linalg.norm(W.T @ W - torch.eye(W.shape[1], device=W.device, dtype=W.dtype))
+    """Return L_oc of W (d_in, d): scalar. The norm is not squared: the weight 0.2 belongs to that."""
+    identity = torch.eye(W.shape[1], device=W.device, dtype=W.dtype)
+    return torch.linalg.norm(W.T @ W - identity)
 
 def self_distillation(student_logits, teacher_logits):
-    """L_sd of S (N, N) and S_ema (N, N): scalar. The two directions are summed, while CE2
-    takes their mean. The paper writes KL divergences; their gradient is the same."""
+    """Return L_sd of S (N, N) and S_ema (N, N): scalar. It is the sum of the two directions, while
+    CE2 is their mean. The paper writes KL divergences; their gradient is the same."""
     def H(target, logits):
         return -(target.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
     return H(teacher_logits, student_logits) + H(teacher_logits.T, student_logits.T)
 
 def cross_frobenius(W_v, W_t):
-    """L_cross of the projections W_v (d_in, d) and W_t (d_t, d): scalar."""
+    """Return L_cross of the projections W_v (d_in, d) and W_t (d_t, d): scalar."""
     return torch.linalg.norm(W_v @ W_t.T)
 
 def ema_momentum(step, total_steps):
-    """m after `step`: linear from 0.05 to 0.9 over the first fifth of the run, then 0.9."""
-    return 0.05 + (0.9 - 0.05) * min(1.0, step / (0.2 * total_steps))
+    """Return m after `step`: it rises from 0.05 to 0.9 over the first fifth of the run, and stays."""
+    progress = min(1.0, step / (0.2 * total_steps))
+    return 0.05 + (0.9 - 0.05) * progress
 
 @torch.no_grad()
 def update_teacher(teacher, model, m):
-    """theta_ema <- m theta_ema + (1 - m) theta, every parameter, in place."""
+    """Set theta_ema to m theta_ema + (1 - m) theta, for every parameter, in place."""
     torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - m)
 
 def projections(model):
-    """W_v (d_in, d) and W_t (d_t, d), the last linear map of each tower, None where it has none."""
-    visual, W_v, W_t = model.visual, None, getattr(model, "text", model).text_projection
+    """Return W_v (d_in, d) and W_t (d_t, d), the last linear map of each tower, or None for a tower
+    that does not end in one."""
+    visual = model.visual
+    W_v = None
     if getattr(visual, "proj", None) is not None:           # ViT
         W_v = visual.proj
     elif hasattr(visual, "attnpool"):                       # CLIP's ResNets
         W_v = visual.attnpool.c_proj.weight.T
     elif hasattr(getattr(visual, "head", None), "proj"):    # timm towers
         W_v = visual.head.proj.weight.T
-    return W_v, (W_t.weight.T if isinstance(W_t, torch.nn.Linear) else W_t)
+    W_t = getattr(model, "text", model).text_projection
+    if isinstance(W_t, torch.nn.Linear):
+        W_t = W_t.weight.T
+    return W_v, W_t
 
 def cosine_lr(step, total, warmup, peak):
-    """Learning rate: linear up to `peak` over `warmup` steps, then a cosine to 0 at `total`."""
+    """Return the learning rate: a linear rise to `peak`, then a cosine to 0 at `total` steps."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 # ---- the run -------------------------------------------------------------------------------------
 def main(argv=None):
-    parser = common.flags(__doc__, "out/calft", epochs=10, lr=1e-5, wd=0.1, warmup=500)   # released
-    add = parser.add_argument_group("CaRot").add_argument
-    add("--oc", type=common.weight, default=0.2, help="weight of L_oc (%(default)s)")
-    add("--sd", type=common.weight, default=1.5, help="of L_sd; 0: no teacher (%(default)s)")
-    add("--cross-fnorm", type=common.weight, default=0.05, help="of L_cross (%(default)s)")
-    add("--ema-every", type=common.positive_int, default=500, help="steps per update (%(default)s)")
-    args = common.start(parser, argv)                       # without --data: draws the toy
+    parser = common.make_train_parser("CaRot", __doc__, "out/calft", lr=1e-5)
+    group = parser.add_argument_group("CaRot, as released")
+    common.add_number(group, "--oc", 0.2, "weight of L_oc")
+    common.add_number(group, "--sd", 1.5, "weight of L_sd; 0: no teacher")
+    common.add_number(group, "--cross-fnorm", 0.05, "weight of L_cross")
+    common.add_number(group, "--ema-every", 500, "steps between two updates of the teacher")
+    args = common.fill_in(*common.given_flags(parser, argv))            # without --data: the toy
+    common.start_processes()
 
     # data, model, teacher, optimiser
     train, sets = common.read_data(args)                    # sets: val, then all others to score
     total = common.total_steps(args, len(train))
-    torch.manual_seed(args.seed)                            # for random initialisation
+    torch.manual_seed(args.seed)                            # seeds random initialisation
     model, crop, preprocess, tokenizer = common.load_model(args.model, args.pretrained)
-    has_W_v, has_W_t = (W is not None for W in projections(model))
-    if args.oc and not has_W_v or args.cross_fnorm and not (has_W_v and has_W_t):
-        sys.exit(f"error: {args.model} does not end in linear projections; --oc 0 --cross-fnorm 0?")
+    # The towers train in eval mode: BatchNorm keeps its statistics, and nothing is dropped.
+    W_v, W_t = projections(model)
+    lacks_W_v = W_v is None and (args.oc or args.cross_fnorm)
+    lacks_W_t = W_t is None and args.cross_fnorm
+    if lacks_W_v or lacks_W_t:
+        common.fail(f"--model {args.model} has no final linear projections; use --oc 0 "
+                    "--cross-fnorm 0")
     if args.sd and args.ema_every >= total:
-        common.say(f"warning: --ema-every {args.ema_every} in {total} steps: one teacher update")
+        common.say(f"warning: --ema-every {args.ema_every}: the teacher moves once in {total} steps")
     tokens = common.prompts(tokenizer, train.classnames, train.templates)           # (K, M, L)
+    tokens = tokens.to(common.DEVICE)
+    teacher = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.wd, fused=True)
     scaler = torch.amp.GradScaler(common.DEVICE.type, enabled=args.precision == "fp16")
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    saved = {"model": model, "optimizer": optimizer, "scaler": scaler}      # what last.pt holds
     if args.sd:
-        teacher = parts["teacher"] = copy.deepcopy(model).requires_grad_(False)
-        common.prepare_towers(teacher, args)
-    common.prepare_towers(model, args)                      # --compile, --grad-checkpointing
+        saved["teacher"] = teacher
+    common.prepare_towers(model, args)
+    common.prepare_towers(teacher, args)
 
     run = common.Run(args, [train, *sets])
-    if "sets" in run.results:                               # --out holds this run, finished
+    if "sets" in run.results:                               # the run in --out has ended
         return run.report()
-    if not run.results:                                     # here, so that a bad file shows early
-        run.add_results({"zero_shot": common.evaluate(model, tokenizer, preprocess, sets, args)})
-    run.restore(parts)                                      # the checkpoint, if there is one
+    if not run.results:                                     # before training, so that an unreadable
+        zero_shot = common.evaluate(model, tokenizer, preprocess, sets, args)   # file is found early
+        run.add_results({"zero_shot": zero_shot})
+    run.restore(saved)                                      # if there is a checkpoint
 
-    # the loop; this process has n = N / WORLD images of a batch
-    loader = common.train_loader(train, crop, args, run.start, total)
-    for step, (images, labels, _, draws) in run.steps(loader, total):
-        seen = step * args.batch_size                       # score val when an epoch has ended:
-        if step and args.eval_every and seen % (args.eval_every * len(train)) < args.batch_size:
-            run.save(step, parts)                           # a signal may end a long scoring
-            val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)
-            run.log(step=step - 1, **{f"val_{k}": val["sets"]["val"][k] for k in ("top1", "ece")})
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, total, args.warmup, args.lr)
-        images = common.to_input(model, images)                                     # (n, 3, H, W)
-        text = tokens[labels, draws % len(train.templates)]                         # (n, L)
+    # the loop; this process has n = N / WORLD images of each batch
+    batches = common.train_loader(train, crop, args, run.first_step, total)
+    for step, (images, labels, _, draws) in run.steps(batches, total):
+        lr = cosine_lr(step, total, args.warmup, args.lr)
+        optimizer.param_groups[0]["lr"] = lr
+        images = common.to_input(model, images)                                     # (n, 3, S, S)
+        template_id = draws % len(train.templates)
+        text = tokens[labels, template_id]                                          # (n, L)
 
         with common.autocast(args.precision):
             u = common.encode_image(model, images, args.accum)                      # (n, d)
             v = common.encode_text(model, text, args.accum)                         # (n, d)
         S = model.logit_scale.exp() * common.gather(u) @ common.gather(v).T         # (N, N)
-        loss = common.clip_loss(S)
-        terms = {"contrastive": loss}
+        terms = {"contrastive": common.clip_loss(S)}
+        loss = terms["contrastive"]
         W_v, W_t = projections(model)
         if args.oc:
             terms["orthogonality"] = orthogonality(W_v)
@@ -154,10 +166,14 @@ def main(argv=None):
         if args.sd and step % args.ema_every == 0:
             update_teacher(teacher, model, ema_momentum(step, total))
 
-        if step % args.log_every == 0 or step + 1 == total:
-            run.log(step=step, loss=loss, **terms, lr=group["lr"])
-        if (step + 1) % args.save_every == 0 or step + 1 == total or run.stopped:
-            run.save(step + 1, parts)
+        is_last = step + 1 == total
+        if step % args.log_every == 0 or is_last:
+            run.log(step, loss=loss, **terms, lr=lr)
+        if (step + 1) % args.save_every == 0 or is_last:
+            run.save(step + 1, saved)                       # first: the run may be killed below
+        if common.epoch_ended(step, total, len(train), args):
+            val = common.evaluate(model, tokenizer, preprocess, sets[:1], args)["sets"]["val"]
+            run.log(step, val_top1=val["top1"], val_ece=val["ece"])
 
     common.export(model, args.model, run.path / "model")    # before scoring, which may fail
     if args.sd:
@@ -166,4 +182,5 @@ def main(argv=None):
     run.report()
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C ends the run at once
     main()

@@ -1,9 +1,18 @@
 # SPDX-License-Identifier: MIT
 """What calft.py, carft.py, anchor.py and evaluate.py share. No training method is in here.
 
-Sizes: N of a batch, n of a process or a set, K classes, M templates, L tokens, d features."""
+1. Models, features, heads and losses: what the training loops call. Read this.
+2. Scores, and the table that a run prints.
+3. Data: image folders as sets, images as crops. Skip this unless your data fails.
+4. Flags, and the files of a run.
+
+Shapes: N images in the global batch, n on this process (or in a set), K classes, M templates,
+L tokens, d features.
+"""
 import argparse
 import contextlib
+import difflib
+import functools
 import hashlib
 import io
 import json
@@ -11,11 +20,13 @@ import math
 import os
 import pathlib
 import shutil
-import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from operator import attrgetter
 from os.path import abspath, basename, dirname, isdir, isfile, join, realpath
+from statistics import fmean
 
 import numpy as np
 import open_clip
@@ -32,539 +43,710 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-# torchrun starts WORLD processes and numbers them; without it there is one, number 0.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# torchrun starts WORLD processes and numbers them by RANK. Without it there is one, number 0.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 if torch.cuda.is_available():
     DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-else:                                                       # torch has no collectives for mps
-    DEVICE = torch.device("mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu")
+elif torch.backends.mps.is_available() and WORLD == 1:      # torch has no collectives for mps
+    DEVICE = torch.device("mps")
+else:
+    DEVICE = torch.device("cpu")
 
-# ---- flags and processes -------------------------------------------------------------------------
-def number_type(kind, least, below=math.inf):
-    """An argparse type: a number of this kind, at least `least` and below `below`."""
-    def number(text):
-        if not least <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"{text} must be at least {least} and below {below}")
-        return kind(text)
-    return number
+def fail(message):
+    """End the program with one line on stderr. Every mistake of a user ends here."""
+    sys.exit(f"error: {message}")
 
-positive_int, natural = number_type(int, 1), number_type(int, 0, 2 ** 63)
-weight, fraction = number_type(float, 0), number_type(float, 1e-9, 1)
+def one_line(error):
+    """Return the text of an exception without line breaks."""
+    return " ".join(str(error).split())
 
-def flags(doc, out, **recipe):
-    """An argparse parser of the flags that all scripts share; with a recipe, of training's too."""
-    parser = argparse.ArgumentParser(description=doc, conflict_handler="resolve",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: sys.exit(f"error: {message}")
-    parser.set_defaults(method=doc.split(":")[0], **recipe)
-    bf16 = DEVICE.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = "bf16" if bf16 else "fp16" if DEVICE.type == "cuda" else "fp32"
-    add = parser.add_argument_group("data and model").add_argument
+def say(message):
+    """Print, by the first process only and above any progress bar."""
+    if RANK == 0:
+        tqdm.write(message.encode(errors="replace").decode())           # names that are not UTF-8
+
+def progress(items, title):
+    """Return items with a progress bar, which appears if they take longer than three seconds."""
+    return tqdm(items, title, leave=False, delay=3, disable=RANK > 0)
+
+# ---- 1. models, features, heads and losses -------------------------------------------------------
+def load_model(name, pretrained, device=DEVICE):
+    """Return open_clip's model in float32, preprocess_train and preprocess_val, which turn uint8
+    (3, H, W) into uint8 (3, S, S), and the tokenizer.
+
+    End the program if the model is unknown or unreadable, if its text tower is Hugging Face's, or
+    if the pretrained weights belong to another activation (QuickGELU or GELU): open_clip only
+    warns of that, and the accuracy drops."""
+    if ":" in name:                                         # local-dir: and hf-hub: have weights
+        pretrained = ""
+    flags = f"--model {name} --pretrained {pretrained!r}"
+    try:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            similar = difflib.get_close_matches(name, open_clip.list_models())
+            fail(f"--model {name} is unknown; similar: {', '.join(similar)}. A folder is "
+                 "local-dir:PATH, and open_clip.list_models() returns all names")
+        if "hf_tokenizer_name" in config["text_cfg"]:
+            fail(f"--model {name}: text towers of Hugging Face are not supported")
+        tag = open_clip.get_pretrained_cfg(name, pretrained)            # empty for a file
+        if tag and bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):
+            fail(f"{flags}: the weights belong to another activation; add or drop -quickgelu")
+        model = open_clip.create_model(name, pretrained, device=device)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as e:                                  # no network, a broken file: many kinds
+        fail(f"{flags}: {one_line(e)}")
+    # In training too: otherwise BatchNorm and drop path depend on how a batch is cut.
+    model.eval()
+
+    config = model.visual.preprocess_cfg
+    size = int(np.ravel(model.visual.image_size)[0])
+    interpolation = InterpolationMode(config["interpolation"])
+    preprocess_train = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=interpolation)
+    sizes = {"shortest": size, "squash": [size, size]}
+    if config["resize_mode"] not in sizes:
+        fail(f"--model {name}: its resize mode, {config['resize_mode']}, is not supported")
+    resize = v2.Resize(sizes[config["resize_mode"]], interpolation)
+    preprocess_val = v2.Compose([resize, v2.CenterCrop(size)])
+    return model, preprocess_train, preprocess_val, tokenizer
+
+def prepare_towers(model, args):
+    """Compile the towers in place if --compile is given; the names of the weights stay the same."""
+    if DEVICE.type == "cuda":
+        model.visual.to(memory_format=torch.channels_last)              # faster convolutions
+    if args.compile:
+        model.visual.compile(dynamic=False)                 # a short batch would make it dynamic
+        getattr(model, "text", model).transformer.compile()             # prompts vary in length
+
+def autocast(precision):
+    """Return the context in which towers run. Features leave it in float32, so losses are too."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32")
+
+def to_input(model, images):
+    """Return uint8 images (n, 3, S, S) as the model expects them: normalised float32, on its
+    device."""
+    config = model.visual.preprocess_cfg
+    x = images.to(model.logit_scale.device, non_blocking=True) / 255
+    channels = zip(x.unbind(1), config["mean"], config["std"])
+    # By numbers, not by tensors: copying a tensor to a GPU would wait for the GPU.
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1)
+
+def in_chunks(encode, model, x, accum):
+    """Return encode(model, x), computed in `accum` chunks to save memory. Only the features are
+    kept, so a loss may compare the whole batch, and the backward pass computes each chunk again
+    (GradCache, Gao et al., 2021)."""
+    features = [checkpoint(encode, model, chunk, use_reentrant=False, preserve_rng_state=False)
+                for chunk in x.chunk(accum)]
+    return torch.cat(features)
+
+def normalize(x):
+    """Return the rows of x (n, d) with L2 norm 1, in float32 (in float64 if x is)."""
+    if x.dtype != torch.float64:
+        x = x.float()
+    return F.normalize(x, dim=-1)
+
+def encode_image(model, images, accum=1):
+    """Return L2-normalised features (n, d) in float32 of normalised images (n, 3, S, S)."""
+    if accum > 1:
+        return in_chunks(encode_image, model, images, accum)
+    return normalize(model.encode_image(images))
+
+def padding_has_no_effect(text):
+    """Whether a text tower reads left to right and pools at the end-of-text token, so that nothing
+    behind that token can reach the feature."""
+    is_causal = text.attn_mask is not None and not hasattr(text, "cls_emb")
+    pooling = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    return is_causal and pooling == "argmax" and torch.is_tensor(text.text_projection)
+
+def encode_text(model, tokens, accum=1):
+    """Return L2-normalised text features (n, d) in float32 of tokens (n, L), padded with zeros."""
+    if accum > 1:
+        return in_chunks(encode_text, model, tokens, accum)
+    text = getattr(model, "text", model)                    # CLIP is its own text tower
+    if not padding_has_no_effect(text):
+        missing = text.context_length - tokens.shape[1]
+        return normalize(model.encode_text(F.pad(tokens, (0, missing))))
+    L = tokens.shape[1]
+    x = text.token_embedding(tokens) + text.positional_embedding[:L]                # (n, L, width)
+    x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:L, :L]))
+    end_of_text = tokens.argmax(-1)                         # the token with the largest id
+    x = x[torch.arange(len(x), device=x.device), end_of_text]                       # (n, width)
+    return normalize(x @ text.text_projection)                                      # (n, d)
+
+def cut_padding(tokens):
+    """Return tokens (n, L) without the columns that are padding in every row."""
+    longest = int(tokens.argmax(-1).max()) + 1              # up to the end-of-text token
+    return tokens[:, :longest].contiguous()
+
+def tokenize(tokenizer, texts):
+    """Return tokens (n, L), int32 on the CPU, of texts; L is the length of the longest."""
+    return cut_padding(tokenizer(texts).int())
+
+def prompts(tokenizer, classnames, templates):
+    """Return tokens (K, M, L) of every class name in every template, which is a text with {} or a
+    function of the name."""
+    texts = []
+    for classname in classnames:
+        for template in templates:
+            if callable(template):
+                texts.append(template(classname))
+            else:
+                texts.append(template.replace("{}", classname))
+    return tokenize(tokenizer, texts).view(len(classnames), len(templates), -1)
+
+@torch.no_grad()
+def text_embeddings(model, tokenizer, classnames, templates):
+    """Return text features (K, M, d) of every class in every template, each L2-normalised."""
+    tokens = prompts(tokenizer, classnames, templates).flatten(0, 1)                # (K*M, L)
+    by_length = tokens.argmax(-1).argsort()                 # so that most batches can be cut short
+    features = []
+    for rows in progress(by_length.split(1024), "prompts"):
+        batch = cut_padding(tokens[rows]).to(model.logit_scale.device)
+        features.append(encode_text(model, batch))
+    E = torch.cat(features)[by_length.argsort()]            # in the order of the prompts again
+    return E.view(len(classnames), len(templates), -1)
+
+def class_head(E):
+    """Return the zero-shot classifier W_cls (K, d) of text features E (K, M, d): the normalised
+    mean over the templates."""
+    return F.normalize(E.mean(1), dim=-1)
+
+def clip_loss(S):
+    """Return CE2(S), the mean of the cross-entropies of the rows and of the columns of S (N, N):
+    scalar. Row i belongs to column i."""
+    target = torch.arange(len(S), device=S.device)
+    return (F.cross_entropy(S, target) + F.cross_entropy(S.T, target)) / 2
+
+def contrastive_loss(image_features, text_features, logit_scale):
+    """Return CLIP's loss over the global batch (Radford et al., 2021, figure 3): scalar. Features
+    (n, d) are L2-normalised; logit_scale is already exponentiated, as in open_clip."""
+    return clip_loss(logit_scale * gather(image_features) @ gather(text_features).T)
+
+def gather(x):
+    """Concatenate x of all processes, (n, ...) -> (N, ...).
+
+    Gradients reach only this process's rows, scaled by WORLD. average_gradients then takes the
+    mean over the processes, which makes a sum of them. Terms that do not pass through here (tau,
+    W_v, W_cls) have the same gradient on every process, and the mean leaves it as it is."""
+    if WORLD == 1:
+        return x
+    own = x.detach().contiguous()
+    rows = [torch.empty_like(own) for _ in range(WORLD)]
+    dist.all_gather(rows, own)
+    rows[RANK] = own + WORLD * (x - x.detach())             # the value of x, WORLD times its gradient
+    return torch.cat(rows)
+
+def average_gradients(parameters):
+    """Replace every gradient by its mean over the processes, in one all-reduce."""
+    if WORLD == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([grad.reshape(-1) for grad in grads]) / WORLD
+    dist.all_reduce(flat)
+    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(mean.view_as(grad))
+
+def epoch_ended(step, total, n, args):
+    """Whether val is to be scored after this step: --eval-every epochs of n images have ended. The
+    last epoch does not count, as the end of the run scores all sets."""
+    if args.eval_every == 0 or step + 1 == total:
+        return False
+    images_seen = (step + 1) * args.batch_size
+    return images_seen % (args.eval_every * n) < args.batch_size
+
+# ---- 2. scores and the table ---------------------------------------------------------------------
+def ece(confidence, correct, bins=15):
+    """Return the expected calibration error of a whole set (Guo et al., 2017), in [0, 1]: the sum
+    over equal bins of confidence of n_bin / n * |accuracy - confidence|. Both arguments are (n,);
+    correct is 0 or 1."""
+    confidence = np.asarray(confidence, np.float64)
+    correct = np.asarray(correct, np.float64)
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(bin_of, correct - confidence, minlength=bins)    # n_bin * (acc. - conf.)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+def scores(logits, labels):
+    """Score a whole set from its logits (n, K) and labels (n,): fractions, but nll is in nats.
+
+    ece_batch10 is what CaRot's code reports: the mean over batches of 512, with 10 bins. It is
+    biased upwards, and is here only to be compared with the papers' tables."""
+    p = logits.float().softmax(-1)                                                  # (n, K)
+    confidence, predicted = p.max(-1)
+    correct = (predicted == labels).double()
+    top1 = correct.mean().item()
+    squared_error = (p - F.one_hot(labels, p.shape[1])).square().sum(-1)
+    batches = zip(confidence.split(512), correct.split(512))
+    batch_eces = [len(hits) * ece(c, hits, bins=10) for c, hits in batches]
+    return {
+        "top1": top1,
+        "top1_se": math.sqrt(top1 * (1 - top1) / len(labels)),
+        "ece": ece(confidence, correct),
+        "ece_batch10": sum(batch_eces) / len(labels),
+        "nll": F.cross_entropy(logits.float(), labels).item(),
+        "brier": squared_error.mean().item(),
+    }
+
+@torch.no_grad()
+def image_features(models, preprocesses, images, args, skip_corrupt=False, precision="fp32"):
+    """Return the features (n, d) of one set for each model, on the CPU. Each image is decoded once
+    for all models. An unreadable image ends the program or, with skip_corrupt, has NaN."""
+    n = len(images)
+    block = math.ceil(n / WORLD)                            # each process computes one block
+    rows = [min(row, n - 1) for row in range(RANK * block, (RANK + 1) * block)]
+    data = EvalImages(images, preprocesses, skip_corrupt)
+    features = [[] for _ in models]
+    for crops, readable in progress(load(data, rows, args.batch_size, args), images.name):
+        for model, x, of_model in zip(models, crops, features):
+            with autocast(precision):
+                u = encode_image(model, to_input(model, x))                         # (n, d)
+            u[~readable] = math.nan
+            of_model.append(u)
+    return [gather(torch.cat(of_model))[:n].cpu() for of_model in features]
+
+def zero_shot_head(model, tokenizer, images):
+    """Return the zero-shot classifier (K, d) of the classes of a set."""
+    return class_head(text_embeddings(model, tokenizer, images.classnames, images.templates))
+
+@torch.no_grad()
+def set_logits(model, tokenizer, images, features, head):
+    """Return logits (n, K') of one set from its features (n, d), on the CPU: by the head (K, d) of
+    the training classes or, where some class was not trained on, by the set's own zero-shot head."""
+    tau = model.logit_scale.exp().cpu()
+    if images.columns is None:
+        own_head = zero_shot_head(model, tokenizer, images).cpu()
+        return tau * features @ own_head.T
+    logits = tau * features @ head.cpu().T                                          # (n, K)
+    largest = [logits[:, columns].amax(-1) for columns in images.columns]
+    return torch.stack(largest, dim=-1)                                             # (n, K')
+
+def score_set(images, logits, labels):
+    """Return the scores of one set and what a reader of them needs to know. Rows that could not be
+    read are missing in logits (n, K') and labels (n,)."""
+    if not logits.isfinite().all():
+        fail(f"no prediction for {images.name}: the weights of the model are not finite")
+    about = {
+        "n": len(labels),
+        "classes": len(images.classes),
+        "skipped": len(images) - len(labels),
+        "head": images.head}
+    return {**about, **scores(logits, labels)}
+
+def summary(sets, scores_of):
+    """Return {"sets": scores by name, "shift_mean": their mean over the sets that are shifts}."""
+    shifts = [scores_of[images.name] for images in sets if images.is_shift]
+    mean = None
+    if shifts:
+        mean = {key: fmean(shift[key] for shift in shifts) for key in ("top1", "ece")}
+    return {"sets": scores_of, "shift_mean": mean}
+
+def evaluate(model, tokenizer, preprocess, sets, args, head=None):
+    """Return the summary of a model on sets, of which val is the first. head (K, d) classifies the
+    training classes; None: zero-shot. In float32, as bf16 may turn near ties around."""
+    if head is None:
+        head = zero_shot_head(model, tokenizer, sets[0])
+    scores_of = {}
+    for images in sets:
+        features, = image_features([model], [preprocess], images, args)
+        logits = set_logits(model, tokenizer, images, features, head)
+        scores_of[images.name] = score_set(images, logits, torch.from_numpy(images.labels))
+    return summary(sets, scores_of)
+
+def table(columns):
+    """Return a table of models on the same sets, {title: summary}: top-1 and ECE in percent."""
+    first = next(iter(columns.values()))
+    sets = first["sets"]
+    width = max(len("shift mean"), *map(len, sets))
+    titles = " " * (width + 20)
+    header = f"{'set':<{width}}{'images':>8}  {'head':<10}"
+    rows = {name: f"{name:<{width}}{r['n']:>8}  {r['head']:<10}" for name, r in sets.items()}
+    mean = f"{'shift mean':<{width + 20}}"
+    for title, column in columns.items():
+        if len(title) > 21:
+            title = f"…{title[-20:]}"
+        titles += f"{title:>22}"
+        header += f"{'top-1':>8}{'± se':>6}{'ECE':>8}"
+        for name, r in column["sets"].items():
+            error = f"±{100 * r['top1_se']:.1f}"
+            rows[name] += f"{100 * r['top1']:>8.2f}{error:>6}{100 * r['ece']:>8.2f}"
+        if first["shift_mean"]:
+            r = column["shift_mean"]
+            mean += f"{100 * r['top1']:>8.2f}{100 * r['ece']:>14.2f}"
+    return "\n".join([titles, header, *rows.values(), mean])
+
+# ---- 3. data -------------------------------------------------------------------------------------
+@dataclass
+class ImageSet:
+    """Images of a folder with their labels, and the texts of their classes."""
+    name: str                                               # its row in the table
+    classes: list                                           # K folder names
+    classnames: list                                        # K names, as prompts say them
+    templates: list                                         # M prompts, with {} for a class name
+    paths: np.ndarray                                       # (n,) bytes: n strings would grow in
+                                                            # every worker that touches them
+    labels: np.ndarray                                      # (n,) indices of classes
+    # columns[k] lists the training classes that class k covers (usually one; the largest logit
+    # counts). None: some class was not trained on, so the set has a zero-shot head of its own.
+    columns: list | None
+    head: str                                               # all or a subset of the training
+                                                            # classes, or zero-shot: its own head
+    is_shift: bool                                          # whether it is in the mean over shifts
+
+    def __len__(self):
+        return len(self.paths)
+
+def visible(folder):
+    """Return the entries of a folder, sorted by name, without hidden ones."""
+    if not isdir(folder):
+        fail(f"{folder} is not a folder (expected images in {folder}/<class>/)")
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    return sorted(entries, key=attrgetter("name"))
+
+def image_files(folder):
+    """Return the sorted paths, as bytes, of the images in a folder."""
+    files = [entry for entry in visible(folder) if entry.name.lower().endswith(IMG_EXTENSIONS)]
+    return [os.fsencode(file.path) for file in files if not file.is_dir()]
+
+def scan(path):
+    """Return {class: paths of its images} of an image folder, path/<class>/*."""
+    found = {c.name: image_files(c.path) for c in visible(path) if c.is_dir()}
+    filled = {name: paths for name, paths in found.items() if paths}
+    if filled:                                              # otherwise it is not an image folder
+        for name in found.keys() - filled.keys():
+            say(f"warning: {path}/{name} holds no image and is skipped")
+    return filled
+
+def flatten(found, classes):
+    """Return the paths (n,) and labels (n,) of {class: paths}; labels are indices of classes."""
+    paths = [path for c in classes for path in found.get(c, [])]
+    counts = [len(found.get(c, [])) for c in classes]
+    return np.array(paths), np.repeat(np.arange(len(classes)), counts)
+
+def read_rows(path, *columns):
+    """Read a tab-separated text file with these columns into a list of rows. A header line, which
+    starts with "path", is skipped."""
+    try:
+        text = pathlib.Path(path).read_text("utf-8-sig")    # some editors write a byte order mark
+    except (OSError, UnicodeDecodeError) as e:
+        fail(f"{path} cannot be read as text ({one_line(e)})")
+    rows = []
+    for line in text.split("\n"):
+        row = [cell.strip() for cell in line.split("\t")]
+        if not any(row) or row[0] == columns[0] == "path":
+            continue
+        if len(row) != len(columns) or not all(row):
+            fail(f"{path}: expected {'<TAB>'.join(columns)}, found {line!r}")
+        rows.append(row)
+    return rows
+
+def find_texts(classes, folders, templates):
+    """Return the class names (K) and templates (M) of which prompts are made.
+
+    A class name comes from classnames.txt (folder<TAB>name) in the first of `folders` that lists
+    the class; otherwise a wnid has OpenAI's name, and any other class the folder's name with
+    spaces for underscores. Templates come from templates.txt in the first of `folders` that has
+    one; otherwise they are `templates`."""
+    names = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
+    for folder in reversed(folders):
+        file = join(folder, "classnames.txt")
+        if isfile(file):
+            names.update(read_rows(file, "folder", "name"))
+        file = join(folder, "templates.txt")
+        if isfile(file):
+            templates = [row[0] for row in read_rows(file, "prompt")]
+            if not templates or not all("{}" in template for template in templates):
+                fail(f"{file}: expected a prompt with {{}} on each line")
+    return [names.get(c, c.replace("_", " ")) for c in classes], templates
+
+def match_classes(folders, path, train):
+    """Return for each class folder of a set the training classes that it covers, as a list of
+    indices, or None if some folder covers none.
+
+    By default a folder covers the training class of the same name. If the folders are exactly 0 to
+    K-1 and no training class is a number, they are indices (ImageNet-V2). path/classes.txt
+    (folder<TAB>training class[;training class...]) overrides both."""
+    index = {c: k for k, c in enumerate(train.classes)}
+    targets = {folder: [folder] for folder in folders}
+    numbers = {str(k): [c] for k, c in enumerate(train.classes)}
+    if set(folders) == set(numbers):
+        targets = numbers
+    file = join(path, "classes.txt")
+    if isfile(file):
+        for folder, names in read_rows(file, "folder", "training class[;training class...]"):
+            targets[folder] = [name.strip() for name in names.split(";")]
+    columns = []
+    for folder in folders:
+        if not all(name in index for name in targets[folder]):
+            return None
+        columns.append([index[name] for name in targets[folder]])
+    return columns
+
+def read_set(name, path, found, train, is_shift):
+    """Return the ImageSet of an image folder whose images are `found`, {class: paths}."""
+    classes = list(found)
+    texts = find_texts(classes, [path, dirname(path)], train.templates)
+    columns = match_classes(classes, path, train)
+    head = "all"
+    if columns is None:
+        head = "zero-shot"
+        is_shift = False
+    elif len(columns) < len(train.classes):
+        head = "subset"
+    return ImageSet(name, classes, *texts, *flatten(found, classes), columns, head, is_shift)
+
+def hold_out(found, fraction, seed):
+    """Split {class: paths} into the part for training and a fraction of each class for val. The
+    order is that of a hash of seed and file name, so that one file more moves no other."""
+    def hash_order(path):
+        return hashlib.md5(b"%d " % seed + basename(path)).digest()
+    train = {}
+    val = {}
+    for c, paths in found.items():
+        ordered = sorted(paths, key=hash_order)
+        n_val = math.ceil(fraction * len(paths))
+        n_val = min(n_val, len(paths) - 1)                  # leaves at least one to train on
+        val[c] = sorted(ordered[:n_val])
+        train[c] = sorted(ordered[n_val:])
+    return train, val
+
+def read_data(args):
+    """Read ROOT by --data, --train, --val and --eval: return the training set and the list of the
+    sets to score, of which val is the first."""
+    say(f"reading the image folders of {args.data}")
+    of_train = {}
+    for name in args.train:
+        for c, paths in scan(join(args.data, name)).items():
+            of_train.setdefault(c, []).extend(paths)
+    classes = sorted(of_train)
+    if len(classes) < 2:
+        fail(f"{args.data}/{args.train[0]} needs images of at least two classes, in <class>/*.jpg")
+
+    val = args.val or "val"
+    if args.val or isdir(join(args.data, val)):
+        of_val = scan(join(args.data, val))
+    else:
+        of_train, of_val = hold_out(of_train, args.val_frac, args.seed)
+    unknown = sorted(set(of_val) - set(classes))
+    if unknown or not any(of_val.values()):
+        fail(f"{args.data}/{val} has no images, or classes that training lacks: {unknown}")
+
+    openai_templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    texts = find_texts(classes, [args.data], openai_templates)
+    columns = [[k] for k in range(len(classes))]
+    train = ImageSet("train", classes, *texts, *flatten(of_train, classes), columns, "all", False)
+    sets = [ImageSet("val", classes, *texts, *flatten(of_val, classes), columns, "all", False)]
+
+    taken = {realpath(join(args.data, name)) for name in [*args.train, val, "train", "val"]}
+    of_root = [(entry.name, entry.path) for entry in visible(args.data) if entry.is_dir()]
+    of_eval = [("/".join(path.split("/")[-2:]), path) for path in args.eval]
+    for name, path in of_root + of_eval:
+        if realpath(path) in taken:                         # each folder is scored once
+            continue
+        taken.add(realpath(path))
+        found = scan(path)
+        if found:
+            sets.append(read_set(name, path, found, train, is_shift=name != "test"))
+        elif path in args.eval:
+            fail(f"--eval {path} has no images in {path}/<class>/; is it a folder of image "
+                 f"folders? Then give {path}/*")
+        else:
+            say(f"{path} is skipped: it has no images in {path}/<class>/")
+    if len({images.name for images in sets}) < len(sets):
+        fail("--eval: two folders have the same name, and so have their parent folders")
+    return train, sets
+
+def decode(data):
+    """Return the image that is in the bytes of a file, as uint8 RGB (3, H, W)."""
+    image = Image.open(io.BytesIO(data))                    # reads the header, not the pixels
+    short, long = sorted(image.size)
+    if short * long > 89e6 or long > 100 * short:
+        raise ValueError("too large to decode and resize")
+    try:
+        x = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except (RuntimeError, ValueError):                      # a format that Pillow alone knows
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
+    if x.ndim == 4:
+        x = x[0]                                            # the first frame of an animation
+    return v2.functional.to_dtype(x, torch.uint8, scale=True)           # from 16 bits
+
+def read_image(path):
+    """Return (uint8 RGB (3, H, W), True), or (black, False) if the file cannot be read or would fill
+    the memory. Orientation tags are ignored, as by open_clip."""
+    try:
+        return decode(pathlib.Path(os.fsdecode(path)).read_bytes()), True
+    except Exception:                                       # Pillow's plugins raise many kinds
+        return torch.zeros(3, 8, 8, dtype=torch.uint8), False
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, n):
+    """Return the order (n,) in which an epoch visits n images."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+@dataclass
+class TrainImages:
+    """An endless data set: index p is image p % n of epoch p // n, and every epoch is shuffled anew.
+    All randomness comes from (seed, epoch, row), so neither workers nor a resume change it.
+
+    An item is a crop (uint8 (3, S, S)), its label, its row, and a random number."""
+    images: ImageSet
+    preprocess: torch.nn.Module
+    seed: int
+
+    def __getitem__(self, index):
+        n = len(self.images)
+        epoch, position = divmod(index, n)
+        drawn = int(epoch_order(self.seed, epoch, n)[position])
+        row, image = self.read(drawn)
+        seeds = np.random.SeedSequence([self.seed, epoch, drawn]).generate_state(2).tolist()
+        with torch.random.fork_rng(devices=[]):             # transforms.v2 takes no generator
+            torch.manual_seed(seeds[0])
+            crop = self.preprocess(image)
+        return crop, int(self.images.labels[row]), row, seeds[1]
+
+    def read(self, drawn):
+        """Return the first readable row from `drawn` on, and its image."""
+        for row in range(drawn, drawn + 100):
+            row %= len(self.images)
+            image, readable = read_image(self.images.paths[row])
+            if readable:
+                return row, image
+            path = os.fsdecode(self.images.paths[row])
+            warnings.warn(f"{path!r} cannot be read; the next image takes its place")
+        raise OSError(f"100 training images in a row cannot be read, such as {path!r}")
+
+@dataclass
+class EvalImages:
+    """The images of a set, each preprocessed for each model, and whether it could be read."""
+    images: ImageSet
+    preprocesses: list
+    skip_corrupt: bool
+
+    def __getitem__(self, row):
+        image, readable = read_image(self.images.paths[row])
+        if not readable and not self.skip_corrupt:
+            path = os.fsdecode(self.images.paths[row])
+            raise OSError(f"{path!r} cannot be read; remove it")
+        return [preprocess(image) for preprocess in self.preprocesses], readable
+
+def load(data, indices, batch_size, args):
+    """Yield batches of data[i] for the indices of this process; batch_size is of all processes."""
+    loader = torch.utils.data.DataLoader(
+        data, batch_size // WORLD, sampler=indices, num_workers=args.workers,
+        pin_memory=DEVICE.type == "cuda")
+    try:
+        yield from loader
+    except OSError as e:                                    # a worker puts its traceback before it
+        fail(str(e).split("\n")[-1])
+
+def train_loader(images, preprocess, args, first_step, total):
+    """Yield the batches of steps first_step to total - 1: crops uint8 (n, 3, S, S), labels, rows
+    and random numbers (n,). Process r has every WORLD-th image of a global batch, from r on."""
+    data = TrainImages(images, preprocess, args.seed)
+    N = args.batch_size
+    return load(data, range(first_step * N + RANK, total * N, WORLD), N, args)
+
+# ---- 4. flags and the files of a run -------------------------------------------------------------
+def add_number(group, flag, default, help):
+    """Add a flag for a number of the type of its default, which the help shows."""
+    group.add_argument(flag, type=type(default), default=default, help=f"{help} (%(default)s)")
+
+def make_parser(doc, out):
+    """Return an argparse parser of the flags that all scripts share."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    precision = "fp32"
+    if DEVICE.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp16"
+    add = parser.add_argument
     add("--data", metavar="ROOT", type=abspath, help="holds train/, val/, shifts (default: a toy)")
     add("--train", nargs="+", default=["train"], metavar="DIR", help="training folders in ROOT")
     add("--val", metavar="DIR", help="validation folder in ROOT (val, if there is one)")
-    add("--val-frac", type=fraction, default=0.2, help="held out if there is no val (%(default)s)")
-    add("--eval", nargs="+", default=[], metavar="DIR", help="more image folders to score")
-    add("--model", default="ViT-B-16-quickgelu", help="name or local-dir:PATH (%(default)s)")
+    add_number(parser, "--val-frac", 0.2, "held out of training if there is no val")
+    add("--eval", nargs="+", default=[], type=abspath, metavar="DIR", help="more folders to score")
     add("--pretrained", default="openai", help="tag, file, or '' for random weights (%(default)s)")
-    add = parser.add_argument_group("machine and files").add_argument
-    add("--out", default=out, help="folder of everything that is written (%(default)s)")
-    add("--batch-size", type=positive_int, default=512, help="of all GPUs together (%(default)s)")
-    add("--workers", type=natural, default=min(8, os.cpu_count()), help="per process (%(default)s)")
+    add("--out", default=out, help="folder for everything that is written (%(default)s)")
+    add_number(parser, "--seed", 0, "seed of all randomness")
+    add_number(parser, "--batch-size", 512, "global batch size, over all GPUs")
+    add_number(parser, "--workers", min(8, os.cpu_count()), "loader processes for each GPU")
     add("--precision", choices=["fp32", "bf16", "fp16"], default=precision, help="(%(default)s)")
-    add("--seed", type=natural, default=0, help="of all randomness (%(default)s)")
-    if recipe:
-        add("--accum", type=positive_int, default=1, help="parts of a batch, to save memory")
-        add("--grad-checkpointing", action="store_true", help="recompute activations: less memory")
-        add("--compile", action="store_true", help="torch.compile the towers")
-        add("--log-every", type=positive_int, default=50, help="steps (%(default)s)")
-        add("--save-every", type=positive_int, default=1000, help="steps (%(default)s)")
-        add("--eval-every", type=natural, default=1, help="epochs; 0: only at end (%(default)s)")
-        add("--overwrite", action="store_true", help="start anew, whatever --out holds")
-        add = parser.add_argument_group("recipe").add_argument
-        add("--epochs", type=positive_int, help="passes over the images (%(default)s)")
-        add("--max-steps", type=positive_int, help="end the run and its schedule earlier")
-        add("--lr", type=weight, help="peak learning rate of AdamW (%(default)s)")
-        add("--wd", type=weight, help="weight decay of every parameter (%(default)s)")
-        add("--warmup", type=natural, help="steps of rise to --lr, then cosine to 0 (%(default)s)")
     return parser
 
-def start(parser, argv):
-    """Parse argv; without --data draw the toy and take its defaults; join torchrun's processes."""
-    args = parser.parse_args(argv)
-    if args.data is None:
+def make_train_parser(method, doc, out, lr):
+    """Return a parser of the flags that the training scripts share. Their defaults are FLYP's
+    recipe, which CaRot's released code has, too."""
+    parser = make_parser(doc, out)
+    parser.set_defaults(method=method)
+    parser.add_argument("--model", default="ViT-B-16-quickgelu",
+                        help="open_clip name or local-dir:PATH (%(default)s)")
+    add_number(parser, "--epochs", 10, "passes over the training images")
+    parser.add_argument("--max-steps", type=int, help="end the run and its schedule earlier")
+    add_number(parser, "--lr", lr, "peak learning rate of AdamW")
+    add_number(parser, "--wd", 0.1, "weight decay of every parameter")
+    add_number(parser, "--warmup", 500, "warm-up steps; then cosine decay to 0")
+    add_number(parser, "--accum", 1, "chunks of each batch: the same gradient, less memory")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the towers")
+    add_number(parser, "--log-every", 50, "steps between two lines of log.jsonl")
+    add_number(parser, "--save-every", 1000, "steps between two checkpoints")
+    add_number(parser, "--eval-every", 1, "epochs between two scores of val; 0: at the end only")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out first")
+    return parser
+
+def given_flags(parser, argv):
+    """Parse argv: return the flags, None where they are not given, and the defaults of all."""
+    defaults = vars(parser.parse_args([]))
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))
+    return args, defaults
+
+def fill_in(args, defaults):
+    """Fill in the defaults of flags that were not given. Without --data draw the toy, and take its
+    defaults where it has them. End the program if a number is out of range."""
+    if not args.data and not defaults["data"]:
         sys.path.insert(0, join(dirname(abspath(__file__)), "tests"))
         try:
             import toy
         except ModuleNotFoundError:
-            sys.exit("error: --data ROOT is needed, a folder with train/<class>/*, val/<class>/*")
-        parser.set_defaults(**toy.defaults())
-        args = parser.parse_args(argv)
+            fail("--data ROOT is needed, a folder with train/<class>/* and val/<class>/*")
+        defaults = {**defaults, **toy.defaults()}
+    for name, value in vars(args).items():
+        if value is None:
+            setattr(args, name, defaults[name])
+    may_be_zero = "seed workers warmup eval_every".split()
+    for name, value in vars(args).items():
+        least = int(type(value) is int and name not in may_be_zero)
+        if type(value) in (int, float) and not least <= value < 2 ** 63:
+            fail(f"--{name.replace('_', '-')} {value}: expected a number of {least} or more")
+    if not 0 < args.val_frac < 1:
+        fail(f"--val-frac {args.val_frac}: expected a fraction above 0 and below 1")
+    return args
+
+def start_processes():
+    """Set up the device, and join the processes that torchrun started."""
     torch.set_float32_matmul_precision("highest")           # some container images switch TF32 on
     torch.backends.cudnn.allow_tf32 = False
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     if WORLD > 1:                                           # one may download while others wait
         dist.init_process_group(timeout=timedelta(hours=2))
-    return args
-
-def say(message):
-    """Print, by the first process only and above any progress bar."""
-    if RANK == 0:
-        tqdm.write(message)
-
-def gather(x):
-    """Every process gets all rows, (n, ...) -> (N, ...), for the whole batch's loss. Gradient flows
-    to its own rows only, times WORLD, so that the mean of average_gradients is the sum."""
-    if WORLD == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x.detach().contiguous())
-    parts[RANK] = x.detach() + WORLD * (x - x.detach())
-    return torch.cat(parts)
-
-def average_gradients(parameters):
-    """Replace every gradient by its mean over the processes, in one all-reduce."""
-    if WORLD > 1:
-        grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.reshape(-1) for g in grads]) / WORLD
-        dist.all_reduce(flat)
-        for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(mean.view_as(g))
 
 def total_steps(args, n):
-    """Optimiser steps of a run over n images: --epochs in whole batches, at most --max-steps."""
-    parts = WORLD * args.accum
-    if args.batch_size > n or args.batch_size % parts:
-        sys.exit(f"error: --batch-size: at most {n}, a multiple of {parts} (processes x --accum)")
-    steps = min(args.epochs * n // args.batch_size, args.max_steps or math.inf)
+    """Return the optimiser steps of a run over n images: --epochs in whole batches, at most
+    --max-steps."""
+    chunks = WORLD * args.accum
+    if args.batch_size > n or args.batch_size % chunks:
+        fail(f"--batch-size {args.batch_size}: expected at most {n}, the number of training "
+             f"images, and a multiple of {chunks} (processes x --accum)")
+    steps = args.epochs * n // args.batch_size
+    if args.max_steps is not None:
+        steps = min(steps, args.max_steps)
     if args.warmup >= steps:
         say(f"warning: --warmup {args.warmup} in a run of {steps} steps: --lr is never reached")
     return steps
 
-# ---- data: image folders as sets, images as crops ------------------------------------------------
-@dataclass
-class ImageSet:
-    """Images, labels, class names, prompts. columns[k]: the training classes that class k
-    covers, mostly one; the greatest of their logits is k's. None: the set has its own head."""
-    name: str                                               # its row in the table
-    classes: list                                           # K folder names
-    classnames: list                                        # K names as prompts say them
-    templates: list                                         # M prompts with {} for a class name
-    columns: list | None                                    # K lists; None: some are not trained on
-    paths: np.ndarray                                       # (n,) bytes: str takes four times that
-    labels: np.ndarray                                      # (n,) indices of classes
-
-    def __len__(self):
-        return len(self.paths)
-
-def subfolders(path):
-    """Names of the folders in a folder, without hidden ones."""
-    if not isdir(path):
-        sys.exit(f"error: {path} is not a folder (expected image folders: {path}/<class>/*.jpg)")
-    return sorted(d.name for d in os.scandir(path) if d.is_dir() and not d.name.startswith("."))
-
-def scan(path):
-    """{class: paths of its images, as bytes} of path/<class>/*, without hidden files."""
-    found = {c: sorted(os.fsencode(f) for f in os.scandir(join(path, c)) if not f.is_dir() and
-                       f.name.lower().endswith(IMG_EXTENSIONS) and not f.name.startswith("."))
-             for c in subfolders(path)}
-    for c in [c for c in found if not found[c] and any(found.values())]:
-        say(f"warning: {path}/{c} holds no image and is passed over")
-    return {c: paths for c, paths in found.items() if paths}
-
-def flatten(found, classes):
-    """Paths (n,) and labels (n,) of the images in a scan."""
-    labels = np.repeat(np.arange(len(classes)), [len(found.get(c, [])) for c in classes])
-    return np.array([path for c in classes for path in found.get(c, [])]), labels
-
-def read_rows(path, *columns):
-    """Rows of a text file, tabs between the named columns. A header, "path" first, is left out."""
-    try:
-        text = pathlib.Path(path).read_text("utf-8-sig")    # some editors write a byte order mark
-    except (OSError, UnicodeDecodeError) as e:
-        sys.exit(f"error: {path} cannot be read as text ({e})")
-    rows = [[c.strip() for c in line.split("\t")] for line in text.split("\n") if line.strip()]
-    for row in rows:
-        if len(row) != len(columns) or not all(row):
-            sys.exit(f"error: {path}: expected {'<TAB>'.join(columns)}, found {' '.join(row)!r}")
-    return rows[1:] if rows and rows[0][0] == columns[0] == "path" else rows
-
-def find_texts(classes, folders, templates):
-    """Class names: by classnames.txt in the first of `folders` that lists the class, else OpenAI's
-    for a wnid, else the folder's with _ as space. Prompts: templates.txt, else `templates`."""
-    names = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
-    for folder in reversed(folders):
-        if isfile(join(folder, "classnames.txt")):
-            names.update(read_rows(join(folder, "classnames.txt"), "folder", "name"))
-        if isfile(join(folder, "templates.txt")):
-            templates = [row[0] for row in read_rows(join(folder, "templates.txt"), "prompt")]
-            if not templates or not all("{}" in t for t in templates):
-                sys.exit(f"error: {folder}/templates.txt: expected a prompt with {{}} on each line")
-    return [names.get(c, c.replace("_", " ")) for c in classes], templates
-
-def read_sets(name, path, train, nested=True):
-    """The evaluation sets of a folder: itself, or each image folder in it (ImageNet-C). A class
-    folder's training class: by classes.txt (folder<TAB>training class[;training class...]), else
-    by its name, else by its number, if the folders are exactly 0 to K-1 (ImageNet-V2)."""
-    found = scan(path)
-    if not found and not nested:
-        say(f"{path} has no <class>/*.jpg: not scored (--eval scores image folders inside it)")
-        return []
-    if not found and not subfolders(path):
-        sys.exit(f"error: {path} holds no images (expected {path}/<class>/*.jpg)")
-    if not found:
-        return [s for d in subfolders(path) for s in read_sets(f"{name}/{d}", join(path, d), train)]
-    trained = {c: [k] for k, c in enumerate(train.classes)}
-    numbers = {str(k): [k] for k in range(len(trained))}
-    index = {**(numbers if set(found) == set(numbers) else {}), **trained}
-    if isfile(join(path, "classes.txt")):
-        for c, targets in read_rows(join(path, "classes.txt"), "folder", "training class[;...]"):
-            known = [trained.get(t.strip()) for t in targets.split(";")]
-            index[c] = None if None in known else sum(known, [])
-    columns, classes = [index.get(c) for c in found], list(found)
-    texts = [train.classnames[c[0]] for c in columns if c], train.templates
-    if None in columns:
-        texts, columns = find_texts(classes, [path, dirname(path)], train.templates), None
-    return [ImageSet(name, classes, *texts, columns, *flatten(found, classes))]
-
-def read_data(args):
-    """The sets of a ROOT, by --data, --train, --val and --eval: train, [val, *others to score]."""
-    say(f"reading the image folders of {args.data}")
-    folders, val = [join(args.data, d) for d in args.train], join(args.data, args.val or "val")
-    of_train = {}
-    for folder in folders:
-        for c, paths in scan(folder).items():
-            of_train.setdefault(c, []).extend(paths)
-    classes = sorted(of_train)
-    if len(classes) < 2:
-        sys.exit(f"error: {folders[0]} needs images of two classes at least, in <class>/*.jpg")
-    if args.val or isdir(val):
-        of_val = scan(val)
-    else:                                                   # hold out the first in order of a hash
-        of_val, seed = {}, b"%d " % args.seed
-        for c, paths in of_train.items():
-            order = sorted(paths, key=lambda path: hashlib.md5(seed + basename(path)).digest())
-            n = min(math.ceil(args.val_frac * len(paths)), len(paths) - 1)
-            of_val[c], of_train[c] = sorted(order[:n]), sorted(order[n:])
-    unknown = sorted(set(of_val) - set(classes))
-    if unknown or not any(of_val.values()):
-        sys.exit(f"error: {val} has no images, or classes that training lacks: {unknown}")
-    texts = find_texts(classes, [args.data], [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES])
-    columns = [[k] for k in range(len(classes))]
-    train = ImageSet("train", classes, *texts, columns, *flatten(of_train, classes))
-    sets = [ImageSet("val", classes, *texts, columns, *flatten(of_val, classes))]
-    used = {realpath(join(args.data, d)) for d in [*folders, val, "train", "val"]}
-    for name in subfolders(args.data):
-        if realpath(join(args.data, name)) not in used:
-            sets += read_sets(name, join(args.data, name), train, nested=False)
-    for path in map(abspath, args.eval):
-        taken = ["test", *(s.name.split("/")[0] for s in sets)]
-        depth = 2 if basename(path) in taken else 1         # "test" alone would be no shift
-        sets += read_sets("/".join(path.split("/")[-depth:]), path, train)
-    if len({s.name for s in sets}) < len(sets):
-        sys.exit("error: --eval: two folders have the same name, and so do their parent folders")
-    return train, sets
-
-def read_image(path):
-    """Decode a file or part of a tar, "x.tar:OFFSET:SIZE": (uint8 RGB (3, H, W), True), or (black,
-    False) if it cannot be read or would fill the memory. Orientation tags are ignored."""
-    path = os.fsdecode(path)
-    file, offset, size = path.rsplit(":", 2) if ".tar:" in path else (path, 0, -1)
-    try:
-        with open(file, "rb") as f:
-            f.seek(int(offset))
-            data = f.read(int(size))
-        image = Image.open(io.BytesIO(data))                # reads the header only
-        short, long = sorted(image.size)
-        if short * long > 89e6 or long > 100 * short:
-            raise ValueError
-        try:
-            data = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            x = v2.functional.to_dtype(decode_image(data, ImageReadMode.RGB), torch.uint8, True)
-            return x[0] if x.ndim == 4 else x, True         # the first frame of an animation
-        except (RuntimeError, ValueError):                  # a format that Pillow alone knows
-            return v2.functional.pil_to_tensor(image.convert("RGB")), True
-    except Exception:                                       # Pillow's plugins raise many kinds
-        return torch.zeros(3, 8, 8, dtype=torch.uint8), False
-
-class TrainImages(torch.utils.data.Dataset):
-    """An endless data set: place p is image p mod n of epoch p // n, each epoch in a new order. An
-    item: crop uint8 (3, S, S), label, row, a random number, failed. If the row drawn is unreadable,
-    the next stands in, and `failed` is the row drawn, else -1. Seeded by seed, epoch, row drawn."""
-    def __init__(self, images, preprocess, seed):
-        self.images, self.preprocess, self.seed, self.epoch = images, preprocess, seed, -1
-
-    def __getitem__(self, place):
-        epoch, position = divmod(place, len(self.images))
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
-        drawn = int(self.order[position])
-        seeds = np.random.SeedSequence([self.seed, epoch, drawn]).generate_state(2).tolist()
-        for row in range(drawn, drawn + len(self.images)):
-            row %= len(self.images)
-            image, readable = read_image(self.images.paths[row])
-            if readable:
-                break
-        with torch.random.fork_rng(devices=[]):             # transforms.v2 takes no generator
-            torch.manual_seed(seeds[0])
-            crop = self.preprocess(image)
-        return crop, int(self.images.labels[row]), row, seeds[1], drawn if row != drawn else -1
-
-class EvalImages(torch.utils.data.Dataset):
-    """Each image of some sets, ready for each model, and its row if it cannot be read, else -1."""
-    def __init__(self, sets, preprocesses):
-        self.paths, self.preprocesses = np.concatenate([s.paths for s in sets]), preprocesses
-
-    def __getitem__(self, i):
-        image, readable = read_image(self.paths[i])
-        return [preprocess(image) for preprocess in self.preprocesses], -1 if readable else i
-
-def outlive_sigterm(_):
-    """A scheduler's SIGTERM reaches workers too; they live 30 s more, so that the step can end."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-def loader(data, batch_size, places, args):
-    """Batches of data[place] for the places of this process; batch_size is of all processes."""
-    return torch.utils.data.DataLoader(
-        data, max(1, batch_size // WORLD), sampler=places, num_workers=args.workers,
-        pin_memory=DEVICE.type == "cuda", worker_init_fn=outlive_sigterm)
-
-def train_loader(images, preprocess, args, start, total, batch_size=None, seed=None):
-    """Yield the batches of steps start to total - 1: crops uint8 (n, 3, S, S), labels, rows, random
-    numbers (n,). Of the N images of a batch, process r has every WORLD-th from the r-th on."""
-    batch_size, unreadable = batch_size or args.batch_size, set()
-    data = TrainImages(images, preprocess, args.seed if seed is None else seed)
-    places = range(start * batch_size + RANK, total * batch_size, WORLD)
-    for *batch, failed in loader(data, batch_size, places, args):
-        for row in set(failed.tolist()) - unreadable - {-1}:
-            unreadable.add(row)
-            path = os.fsdecode(images.paths[row])
-            tqdm.write(f"warning: {path} cannot be read; the next image stands in", file=sys.stderr)
-        if len(unreadable) > 0.01 * len(images):
-            sys.exit(f"error: over 1 % of the training images cannot be read, such as {path}")
-        yield batch
-
-# ---- models, features, heads, losses -------------------------------------------------------------
-def load_model(name, pretrained, device=DEVICE):
-    """open_clip's model in float32, preprocess_train and preprocess_val (uint8 (3, H, W) -> uint8
-    (3, S, S)), and tokenizer. A tag of the other activation (QuickGELU) is an error."""
-    try:
-        pretrained = "" if ":" in name else pretrained      # local-dir:, hf-hub: have their own
-        config, others = open_clip.get_model_config(name), ", ".join(open_clip.list_models())
-        if config is None or config["text_cfg"].get("hf_tokenizer_name"):
-            raise ValueError(f"unknown, or a Hugging Face text tower; try local-dir:PATH, {others}")
-        tag = open_clip.get_pretrained_cfg(name, pretrained)
-        if tag and bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):
-            raise ValueError("the tag is of another activation: add or drop -quickgelu in --model")
-        model = open_clip.create_model(name, pretrained or None, device=device)
-        crops = model.visual.preprocess_cfg
-        if crops["resize_mode"] not in ("shortest", "squash"):
-            raise ValueError(f"its resize mode, {crops['resize_mode']}, is not supported")
-    except Exception as e:                                  # no network, a broken file: many kinds
-        sys.exit(f"error: --model {name} --pretrained {pretrained}: {' '.join(str(e).split())}")
-    model.eval()        # in training too, else BatchNorm and drop path vary with the batch's split
-    size, how = int(np.ravel(model.visual.image_size)[0]), InterpolationMode(crops["interpolation"])
-    crop = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=how)
-    resize = v2.Resize(size if crops["resize_mode"] == "shortest" else [size, size], how)
-    return model, crop, v2.Compose([resize, v2.CenterCrop(size)]), open_clip.get_tokenizer(name)
-
-def prepare_towers(model, args):
-    """Apply --grad-checkpointing and --compile in place; the names of the weights stay the same."""
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
-        if not any(getattr(m, "grad_checkpointing", False) for m in model.visual.modules()):
-            sys.exit(f"error: {args.model} does not support --grad-checkpointing; give --accum")
-    if DEVICE.type == "cuda":
-        model.visual.to(memory_format=torch.channels_last)              # for convolutions
-    if args.compile:
-        model.visual.compile(dynamic=False)                 # else a short batch makes it dynamic
-        getattr(model, "text", model).transformer.compile()             # prompts vary in length
-
-def autocast(precision):
-    """The context in which towers run. Features leave it in float32, so losses are float32."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32")
-
-def to_device(x, device=DEVICE):
-    """x on the device. A copy to a GPU waits for the GPU unless it comes from pinned memory."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-def to_input(model, images):
-    """uint8 images (n, 3, S, S) -> the normalised float input of the model, on its device."""
-    x = to_device(images, model.logit_scale.device)
-    mean, std = (to_device(torch.tensor(model.visual.preprocess_cfg[k]), x.device).view(3, 1, 1)
-                 for k in ("mean", "std"))
-    return (x.float() / 255 - mean) / std
-
-def in_chunks(encode, model, x, accum):
-    """encode(model, x) in `accum` chunks: only features are kept, so a loss may compare all of
-    them, and the backward pass computes each chunk again (GradCache, Gao et al., 2021)."""
-    return torch.cat([checkpoint(encode, model, chunk, use_reentrant=False,
-                                 preserve_rng_state=False) for chunk in x.chunk(accum)])
-
-def normalize(x):
-    """Rows of x (n, d) with L2 norm 1, in float32 (float64 if x is)."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
-
-def encode_image(model, images, accum=1):
-    """Normalised images (n, 3, S, S) -> L2-normalised features (n, d), float32."""
-    if accum > 1:
-        return in_chunks(encode_image, model, images, accum)
-    return normalize(model.encode_image(images))
-
-def encode_text(model, tokens, accum=1):
-    """Tokens (n, L), preferably on CPU -> L2-normalised features (n, d), float32. For causal towers
-    that pool at end-of-text the batch is cut at its longest prompt: the rest has no effect."""
-    if accum > 1:
-        return in_chunks(encode_text, model, tokens, accum)
-    text, device = getattr(model, "text", model), model.logit_scale.device
-    pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
-    causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
-    if not causal or pool != "argmax" or not isinstance(text.text_projection, torch.nn.Parameter):
-        padding = getattr(text, "context_length", tokens.shape[1]) - tokens.shape[1]
-        return normalize(model.encode_text(to_device(F.pad(tokens, (0, padding)), device)))
-    L = int(tokens.argmax(-1).max()) + 1                    # end-of-text has the greatest number
-    tokens = to_device(tokens[:, :L], device)
-    x = text.token_embedding(tokens) + text.positional_embedding[:L]                # (n, L, width)
-    x = text.ln_final(text.transformer(x, attn_mask=text.attn_mask[:L, :L]))
-    x = x[torch.arange(len(x), device=device), tokens.argmax(-1)]                   # (n, width)
-    return normalize(x @ text.text_projection)                                      # (n, d)
-
-def tokenize(tokenizer, texts):
-    """Tokens (n, L) int32 of texts, L the longest of them."""
-    blocks = tqdm(range(0, len(texts), 8192), "tokenising", leave=False, delay=3, disable=RANK > 0)
-    tokens = torch.cat([tokenizer(texts[i:i + 8192]).int() for i in blocks])
-    return tokens[:, :int(tokens.argmax(-1).max()) + 1].contiguous()
-
-def prompts(tokenizer, classnames, templates):
-    """Every class name in every template (with {}, or a function) as tokens (K, M, L)."""
-    texts = [t(c) if callable(t) else t.replace("{}", c) for c in classnames for t in templates]
-    return tokenize(tokenizer, texts).view(len(classnames), len(templates), -1)
-
-@torch.no_grad()
-def text_embeddings(model, tokenizer, classnames, templates):
-    """Text features of every class in every template, (K, M, d), each L2-normalised."""
-    tokens = prompts(tokenizer, classnames, templates).flatten(0, 1)                # (K*M, L)
-    order = tokens.argmax(-1).argsort()                     # by length: most batches are cut short
-    batches = tqdm(tokens[order].split(1024), "prompts", leave=False, delay=3, disable=RANK > 0)
-    E = torch.cat([encode_text(model, batch) for batch in batches])                 # (K*M, d)
-    return E[order.argsort()].view(len(classnames), len(templates), -1)
-
-def class_head(E):
-    """Zero-shot classifier W_cls (K, d) of text features E (K, M, d): normalised mean over M."""
-    return F.normalize(E.mean(1), dim=-1)
-
-def clip_loss(S):
-    """CE2(S): mean cross-entropy of rows and of columns of S (N, N); row i belongs to column i."""
-    target = torch.arange(len(S), device=S.device)
-    return (F.cross_entropy(S, target) + F.cross_entropy(S.T, target)) / 2
-
-def contrastive_loss(image_features, text_features, logit_scale):
-    """CLIP's loss (Radford et al., 2021, figure 3) of the global batch, gathered: scalar. Features
-    (n, d) are L2-normalised; logit_scale is exponentiated already, as in open_clip."""
-    return clip_loss(logit_scale * gather(image_features) @ gather(text_features).T)
-
-# ---- scores and the table ------------------------------------------------------------------------
-def ece(confidence, correct, bins=15):
-    """Expected calibration error of a whole set (Guo et al., 2017), in [0, 1]: the sum over equal
-    confidence bins of n_bin/n * |accuracy - confidence|. Both (n,); correct is 0 or 1."""
-    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gap = np.bincount(bin_of, correct - confidence, minlength=bins)     # n_bin * (acc. - conf.)
-    return float(np.abs(gap).sum() / len(confidence))
-
-def scores(logits, labels):
-    """Scores of a whole set from logits (n, K) and labels (n,): fractions, nll in nats. To compare
-    with CaRot's code, ece_batch10: mean over batches of 512 with 10 bins, biased upwards."""
-    log_p = torch.cat([F.log_softmax(part.float(), -1) for part in logits.split(8192)])     # (n, K)
-    confidence, predicted = log_p.exp().max(-1)
-    correct, label_log_p = predicted == labels, log_p.gather(1, labels[:, None]).squeeze(1)
-    batches, top1 = zip(confidence.split(512), correct.split(512)), float(correct.double().mean())
-    return {"top1": top1, "top1_se": math.sqrt(top1 * (1 - top1) / len(labels)),
-            "ece": ece(confidence, correct), "nll": float(-label_log_p.mean()),
-            "ece_batch10": sum(ece(c, r, 10) * len(r) for c, r in batches) / len(labels),
-            "brier": float((log_p.exp().square().sum(1) - 2 * label_log_p.exp() + 1).mean())}
-
-@torch.no_grad()
-def image_features(models, preprocesses, sets, args, title, skip=False, precision="fp32"):
-    """Features of images decoded once for all models: for each model a list with (n, d) for each
-    set, on the CPU. An unreadable image ends the program, or with `skip` has NaN features."""
-    data, parts, n = EvalImages(sets, preprocesses), [[] for _ in models], sum(map(len, sets))
-    places = [i % n for i in range(RANK, n + -n % WORLD, WORLD)]        # padded to equal shares
-    batches = loader(data, args.batch_size, places, args)
-    for crops, failed in tqdm(batches, title, leave=False, disable=RANK > 0):
-        if failed.max() >= 0 and not skip:
-            sys.exit(f"error: {os.fsdecode(data.paths[failed.max()])} cannot be read; remove it")
-        for model, x, part in zip(models, crops, parts):
-            with autocast(precision):
-                u = encode_image(model, to_input(model, x))                             # (n, d)
-            u = u.masked_fill(to_device(failed, u.device)[:, None] >= 0, math.nan)
-            u = gather(u).cpu().unflatten(0, (WORLD, -1))                               # (W, n, d)
-            part.append(u.transpose(0, 1).flatten(0, 1))    # row i is of process i mod WORLD
-    return [torch.cat(part)[:n].split([len(s) for s in sets]) for part in parts]
-
-def set_logits(model, tokenizer, sets, features, head=None):
-    """For each set the readable rows (n',), logits (n', K), labels (n',), and facts for the table.
-    head (K, d): of the classes of sets[0], val; None: the model's own zero-shot head."""
-    def zero_shot(s):
-        return class_head(text_embeddings(model, tokenizer, s.classnames, s.templates)).cpu()
-    tau = model.logit_scale.detach().exp().cpu()
-    head = zero_shot(sets[0]) if head is None else head.detach().cpu()              # (K, d)
-    for s, u in zip(sets, features):
-        rows = (~u[:, 0].isnan()).nonzero().squeeze(1)
-        if not len(rows):
-            sys.exit(f"error: no image of {s.name} can be read, or the weights are not finite")
-        logits = tau * u[rows] @ (zero_shot(s) if s.columns is None else head).T    # (n', K)
-        if s.columns is not None:                           # of several columns the greatest counts
-            logits = torch.stack([logits[:, c].amax(1) for c in s.columns], 1)
-        kind = "subset" if len(s.classes) < len(head) else "all"
-        yield rows, logits, torch.from_numpy(s.labels)[rows], {
-            "n": len(rows), "classes": len(s.classes), "skipped": len(s) - len(rows),
-            "head": kind if s.columns else "zero-shot"}
-
-def summary(sets, set_scores):
-    """Scores by set, and their mean over the shifts: all but val, test, and sets with own heads."""
-    shifts = [s.name for s in sets if s.name not in ("val", "test") and s.columns is not None]
-    mean = {k: np.mean([set_scores[s][k] for s in shifts]) for k in ("top1", "ece") if shifts}
-    return {"sets": set_scores, "shift_mean": mean or None}
-
-def evaluate(model, tokenizer, preprocess, sets, args, head=None):
-    """Summary of scores, in float32, as bf16 may flip near ties. head: as for set_logits."""
-    features, = image_features([model], [preprocess], sets, args, "scoring")
-    logits_of = set_logits(model, tokenizer, sets, features, head)
-    return summary(sets, {s.name: {**about, **scores(logits, labels)}
-                          for s, (_, logits, labels, about) in zip(sets, logits_of)})
-
-def table(columns):
-    """Summaries of models on the same sets, {title: summary}, as text; top-1 and ECE in percent."""
-    first = next(iter(columns.values()))
-    own = {name: r for name, r in first["sets"].items() if r["head"] == "zero-shot"}
-    names = [name for name in first["sets"] if name not in own]
-    names += ["shift mean"] * bool(first["shift_mean"]) + list(own)
-    width = max(14, *(len(name) + 2 for name in names))
-    titles = [title if len(title) < 22 else f"…{title[-20:]}" for title in columns]
-    lines = [" " * (width + 15) + "".join(f"{title:>22}" for title in titles),
-             f"{'set':<{width}}{'images':>7}{'classes':>8}"
-             + f"{'top-1':>8}{'± se':>6}{'ECE':>8}" * len(columns)]
-    for name in names:
-        about, star = first["sets"].get(name, {"n": "", "classes": ""}), " *" * (name in own)
-        lines.append(f"{name + star:<{width}}{about['n']:>7}{about['classes']:>8}")
-        for column in columns.values():
-            r = column["sets"].get(name, column["shift_mean"])
-            error = f"±{100 * r['top1_se']:.1f}" if "top1_se" in r else ""
-            lines[-1] += f"{100 * r['top1']:>8.2f}{error:>6}{100 * r['ece']:>8.2f}"
-    note = "* has classes that were not trained on: zero-shot head, not in the shift mean"
-    return "\n".join([*lines, *[note] * bool(own)])
-
-# ---- the files of a run --------------------------------------------------------------------------
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file to write in place of `path`, whose old content stays until the new is whole."""
+    """Yield a binary file to write. It replaces `path` when it is whole, and not before."""
     try:
         os.makedirs(dirname(path) or ".", exist_ok=True)
         with open(f"{path}.tmp", "wb") as f:
@@ -573,108 +755,124 @@ def replacing(path):
     except (OSError, RuntimeError) as e:                    # torch.save raises the latter
         if isfile(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        sys.exit(f"error: {path} cannot be written ({' '.join(str(e).split())}); the old is kept")
+        fail(f"{path} cannot be written ({one_line(e)}); an older one is kept")
 
 def read_json(path):
-    """The content of a file, or {} where there is none."""
-    return json.loads(pathlib.Path(path).read_text()) if isfile(path) else {}
+    """Return the content of a JSON file, or {} if there is none."""
+    if not isfile(path):
+        return {}
+    return json.loads(pathlib.Path(path).read_text())
 
 def write(path, content, **metadata):
-    """Write {name: tensor} to x.safetensors, with metadata of strings, or JSON to another file."""
-    if RANK == 0:
-        if str(path).endswith(".safetensors"):
-            tensors = {name: t.detach().cpu().contiguous() for name, t in content.items()}
-            content = safetensors.torch.save(tensors, metadata)
-        else:
-            content = json.dumps(content, indent=1).encode()
-        with replacing(path) as f:
-            f.write(content)
+    """Write {name: tensor} to a .safetensors file, with metadata of strings, or JSON to another."""
+    if RANK > 0:
+        return
+    if str(path).endswith(".safetensors"):
+        tensors = {name: t.detach().cpu().contiguous() for name, t in content.items()}
+        data = safetensors.torch.save(tensors, metadata)
+    else:
+        data = json.dumps(content, indent=1).encode()
+    with replacing(path) as f:
+        f.write(data)
 
 def export(model, name, path):
-    """Write a model, loaded as `name`, so that open_clip can load it as local-dir:path."""
-    config, images = open_clip.get_model_config(name), model.visual.preprocess_cfg
+    """Write a model, which was loaded as `name`, so that open_clip can load it as local-dir:path."""
+    config = open_clip.get_model_config(name)
+    about = {"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg}
     write(join(path, "open_clip_model.safetensors"), model.state_dict())
-    write(join(path, "open_clip_config.json"), {"model_cfg": config, "preprocess_cfg": images})
+    write(join(path, "open_clip_config.json"), about)
 
-# Flags that may differ when a run continues; the last three change its rounding, nothing else.
-FREE = "out workers log_every save_every eval_every overwrite accum compile grad_checkpointing"
+# Flags that may differ when a run continues. The last two change only its rounding.
+FREE = "out workers log_every save_every eval_every overwrite accum compile".split()
 FILES = "results.json last.pt log.jsonl model teacher head.safetensors features.safetensors".split()
 
 class Run:
-    """The files in --out. results: the content of results.json; start: the step to begin with."""
+    """The files of a run in --out. results is the content of results.json, and first_step the step
+    to begin with: 0, or where the last checkpoint was written."""
     def __init__(self, args, sets, *texts):
-        """Continue the run in --out or begin one; an error if it has other flags, data or texts."""
-        self.args, self.path, self.stopped = args, pathlib.Path(args.out), False
+        """Continue the run in --out, or begin one. End the program if --out holds another."""
+        self.args = args
+        self.path = pathlib.Path(args.out)
+        self.results = {}
+        self.checkpoint = {"step": 0, "log": ""}
         about = [(s.name, s.paths.tolist(), s.classnames, s.templates, s.columns) for s in sets]
         digest = hashlib.sha256(repr((about, texts)).encode()).hexdigest()
-        identity = {**vars(args), "data and texts": digest[:16]}
-        begun = any((self.path / f).exists() for f in FILES) and not args.overwrite
-        old = read_json(self.path / "args.json") if begun else identity
-        changed = [f"{k.replace('_', '-')} {old.get(k)}" for k in identity
-                   if k not in FREE.split() and old.get(k) != identity[k]]
+        settings = {**vars(args), "images and texts": digest}
+        continues = (self.path / "args.json").exists() and not args.overwrite
+        if continues:
+            self.read_old(settings)
+        self.first_step = self.checkpoint["step"]
+        facts = gather(torch.tensor([[self.first_step, len(self.results)]], device=DEVICE))
+        if len(facts.unique(dim=0)) > 1:
+            fail(f"--out {args.out} is not the same folder for all processes")
+        if RANK == 0 and not continues:
+            for file in [self.path / name for name in FILES]:           # would pass for new ones
+                shutil.rmtree(file, ignore_errors=True)
+                if file.is_file():
+                    file.unlink()
+            write(self.path / "args.json", settings)        # last, if a kill comes in between
+
+    def read_old(self, settings):
+        """Read results and checkpoint of the run in --out, which must have the same settings."""
+        old = read_json(self.path / "args.json")
+        changed = [f"{name.replace('_', '-')} {old.get(name)}" for name in settings
+                   if name not in FREE and old.get(name) != settings[name]]
         if changed:
-            sys.exit(f"error: --out {args.out} has another run: {', '.join(changed)}. --overwrite?")
-        self.results = read_json(self.path / "results.json") if begun else {}
-        self.checkpoint = {"step": 0, "log_bytes": 0}
-        if begun and (self.path / "last.pt").exists():
-            self.checkpoint = torch.load(self.path / "last.pt", "cpu", mmap=True, weights_only=True)
-        self.start = self.saved = self.checkpoint["step"]
-        starts = gather(torch.tensor([[self.start, len(self.results)]], device=DEVICE))
-        if len(starts.unique(dim=0)) > 1:
-            sys.exit(f"error: --out {args.out} is not the same folder for all processes")
-        if RANK == 0 and not begun:
-            for file in [self.path / f for f in FILES if (self.path / f).exists()]:
-                shutil.rmtree(file, ignore_errors=True)     # an old file would pass for a new one
-                file.unlink(missing_ok=True)
-            write(self.path / "args.json", identity)        # last, if a kill comes in between
+            fail(f"--out {self.path} holds a run with other settings ({', '.join(changed)}); "
+                 "choose another --out or add --overwrite")
+        self.results = read_json(self.path / "results.json")
+        last = self.path / "last.pt"
+        if last.exists():
+            self.checkpoint = torch.load(last, "cpu", mmap=True, weights_only=True)
 
     def add_results(self, results):
+        """Add {name: value} to results.json."""
         self.results.update(results)
         write(self.path / "results.json", self.results)
 
     def report(self):
+        """Print the table, zero-shot beside fine-tuned."""
         say("\n" + table({"zero-shot": self.results["zero_shot"], "fine-tuned": self.results}))
 
-    def restore(self, parts):
-        """Load the checkpoint, if there is one, into parts {name: what has a state_dict}."""
-        if self.start:
-            for name, part in parts.items():
-                part.load_state_dict(self.checkpoint.pop(name))
-        log = self.path / "log.jsonl"
-        if RANK == 0 and log.exists():                      # steps after last.pt are logged again
-            os.truncate(log, min(log.stat().st_size, self.checkpoint["log_bytes"]))
+    def restore(self, saved):
+        """Load the checkpoint, if there is one, into saved, {name: what has a state_dict}, and set
+        the log back to that moment."""
+        if self.first_step > 0:
+            for name, part in saved.items():
+                part.load_state_dict(self.checkpoint[name])
+        if RANK == 0:
+            with replacing(self.path / "log.jsonl") as f:
+                f.write(self.checkpoint["log"].encode())
+        del self.checkpoint                                 # it would hold a second copy in memory
 
-    def steps(self, loader, total):
-        """Yield (step, batch). After SIGTERM, the program ends once the current step is saved."""
-        def stop(*_):
-            self.stopped = True
-        signal.signal(signal.SIGTERM, stop if RANK == 0 else signal.SIG_IGN)
-        with tqdm(None, self.args.method, total, initial=self.start, disable=RANK > 0) as self.bar:
-            for step, batch in zip(range(self.start, total), loader):
-                yield step, batch
-                self.bar.update()
-                if self.stopped and self.saved == step + 1:
-                    sys.exit(f"stopped by SIGTERM after step {step}; the same command continues")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def steps(self, batches, total):
+        """Return an iterator over (step, batch) up to step total - 1, with a progress bar."""
+        steps = range(self.first_step, total)
+        self.bar = tqdm(zip(steps, batches), self.args.method, total, initial=self.first_step,
+                        disable=RANK > 0)
+        return self.bar
 
-    def log(self, **values):
-        """Log numbers or scalar tensors, `step` among them; exit if one is not finite."""
-        line = {k: v.item() if torch.is_tensor(v) else v for k, v in values.items()}
-        if not all(map(math.isfinite, line.values())):
-            sys.exit(f"error: loss not finite at step {line['step']}; last.pt is kept. Lower --lr?")
-        self.bar.set_postfix_str(", ".join(f"{k} {v:.3g}" for k, v in line.items()))
-        line["images_per_s"] = (self.bar.format_dict.get("rate") or 0) * self.args.batch_size
+    def log(self, step, **values):
+        """Log numbers or scalar tensors. End the program if one of them is not finite."""
+        values = {name: float(value) for name, value in values.items()}
+        if not all(map(math.isfinite, values.values())):
+            fail(f"loss not finite at step {step}: {values}; lower --lr? last.pt is kept")
+        self.bar.set_postfix(values)
+        steps_per_s = self.bar.format_dict["rate"] or 0     # None at the start
+        line = {"step": step, **values, "images_per_s": steps_per_s * self.args.batch_size}
         if RANK == 0:
             with open(self.path / "log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    def save(self, step, parts):
-        """Write last.pt, unless it is of this step: `parts` after `step` steps; an error if a
-        weight is not finite."""
-        if RANK == 0 and step != self.saved:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            if not all(t.isfinite().all() for t in tree_leaves(state) if torch.is_tensor(t)):
-                sys.exit(f"error: weights are not finite after step {step - 1}; last.pt is kept")
-            with open(self.path / "log.jsonl", "ab") as log, replacing(self.path / "last.pt") as f:
-                torch.save({**state, "step": step, "log_bytes": log.tell()}, f)
-            self.saved = step
+    def save(self, step, saved):
+        """Write last.pt: the state of saved, {name: what has a state_dict}, after `step` steps, and
+        the log so far. End the program if a weight is not finite."""
+        if RANK > 0:
+            return
+        state = {name: part.state_dict() for name, part in saved.items()}
+        for tensor in tree_leaves(state):
+            if torch.is_tensor(tensor) and not tensor.isfinite().all():
+                fail(f"weights are not finite after step {step - 1}; {self.path}/last.pt is kept")
+        log = (self.path / "log.jsonl").read_text()
+        with replacing(self.path / "last.pt") as f:
+            torch.save({**state, "step": step, "log": log}, f)

@@ -1,220 +1,315 @@
 # SPDX-License-Identifier: MIT
 """Evaluation: accuracy and calibration of any CLIP on val and every shift of a ROOT.
 
+    python evaluate.py --model out/calft                           # on the ROOT it was tuned on
     python evaluate.py --data ROOT --model ViT-B-16-quickgelu out/calft out/carft local-dir:PATH
-    python evaluate.py --data ROOT --model out/calft --wise 0 0.25 0.5 0.75 1      # WiSE-FT's curve
-    python evaluate.py --data ROOT --model out/calft --temperature fit --sigma-min --plot DIR
-    python evaluate.py --mean out/seed0 out/seed1 out/seed2    # mean and deviation of runs' results
+    python evaluate.py --model out/calft --wise 0 0.25 0.5 0.75 1  # WiSE-FT's curve
+    python evaluate.py --model out/calft --fit-temperature --sigma-min --plot DIR
+    python evaluate.py --mean out/seed0 out/seed1 out/seed2        # mean and deviation over runs
 
 A model is the folder of a run, local-dir:PATH, or an open_clip name with --pretrained. It is scored
-as the training scripts score it: by the zero-shot head of its text tower, or by carft.py's trained
-head, if that has the classes of this ROOT. Each image is decoded once for all models.
+as the training scripts score it: by the zero-shot head of its text tower, or by the head that
+carft.py trained, if that has the classes of this ROOT. Each image is decoded once for all models.
 """
 import copy
 import importlib.util
 import json
-import re
-import sys
+import math
+import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
+import torch.nn.functional as F
+from safetensors import safe_open
 
 import common
 
+# ---- measures ------------------------------------------------------------------------------------
 def fit_temperature(logits, labels):
-    """The T > 0 that minimises the NLL of logits (n, K) / T, labels (n,) (Guo et al., 2017):
-    Newton's steps in b = 1/T, in which the NLL is convex, kept in [0.01, 100]."""
-    z, y, b = logits.double(), labels[:, None], 1.0
-    for _ in range(100):
-        p = (b * z).softmax(1)
-        mean = (p * z).sum(1, keepdim=True)
-        slope = (mean - z.gather(1, y)).mean()                                      # d NLL / d b
-        curvature = (p * (z - mean) ** 2).sum(1).mean()                             # d2 NLL / d b2
-        step = float(slope / curvature.clamp(min=1e-12))
-        b = min(max(b - step, b / 4, 0.01), 4 * b, 100.0)
-        if abs(step) < 1e-9 * b:
-            break
-    return 1 / b
+    """Return the T in [0.01, 100] that minimises the NLL of logits (n, K) / T, with labels (n,), by
+    LBFGS (Guo et al., 2017)."""
+    z = logits.double()
+    b = torch.ones((), dtype=torch.float64, requires_grad=True)         # 1 / T: the NLL is convex
+    optimizer = torch.optim.LBFGS(
+        [b], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    def nll():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(b * z, labels)
+        loss.backward()
+        return loss
+    optimizer.step(nll)
+    return 1 / min(max(b.item(), 0.01), 100)
 
 def sigma_min(features):
-    """Smallest singular value of the covariance (d, d) of features (n, d), each dimension
-    standardised. CaRot's theory bounds errors under shift by its inverse (section 3)."""
+    """Return the smallest singular value of the covariance (d, d) of features (n, d), each dimension
+    standardised. CaRot's theory bounds the errors under shift by its inverse (section 3)."""
     x = features.double()
-    if not x.std(0).all():                                  # a dimension that stands still
+    deviation = x.std(0)
+    if not deviation.all():                                 # a constant dimension
         return 0.0
-    x = (x - x.mean(0)) / x.std(0)
-    return float(torch.linalg.svdvals(x.T @ x / (len(x) - 1))[-1])
+    x = (x - x.mean(0)) / deviation
+    return torch.linalg.svdvals(x.T @ x / (len(x) - 1))[-1].item()
 
-def load(name, args, val):
-    """[(title, model, preprocess, tokenizer, head or None, alpha)] of one --model: itself, or a
-    mixture for each alpha of --wise."""
+# ---- the models to score -------------------------------------------------------------------------
+@dataclass
+class Candidate:
+    """A model to score."""
+    source: str                                             # what --model names, for titles
+    alpha: float | None                                     # the weight of the tuned model (--wise)
+    model: torch.nn.Module
+    preprocess: torch.nn.Module
+    tokenizer: object
+    head: torch.Tensor | None                               # a trained W_cls (K, d); None: zero-shot
+
+    @property
+    def title(self):
+        if self.alpha is None:
+            return self.source
+        return f"{self.source} {self.alpha:g}"
+
+def find_model(name):
+    """Return the folder of the model that a --model means, and the flags of the run that wrote it;
+    {} for a model of open_clip's."""
     path = Path(name.removeprefix("local-dir:"))
     if (path / "model").is_dir():                           # the folder of a run
-        path, name = path / "model", f"local-dir:{path / 'model'}"
-    run, head = common.read_json(path.parent / "args.json"), None
-    title = str(path.parent if path.name == "model" else path)
-    scored = set(run.get("train", [])) - ({*args.train, "train"} - {args.val or "val"})
-    given = {k: run.get(k) for k in ("train", "val", "seed", "val_frac")}
-    held_out = not args.val and not Path(args.data, "val").is_dir()     # by the run's own flags
-    if run.get("data") == args.data and (
-            scored or held_out and given != {k: getattr(args, k) for k in given}):
-        sys.exit(f"error: {title} was tuned on images to be scored; give its own flags: {given}")
+        path = path / "model"
+    elif (path / "args.json").is_file():
+        common.fail(f"--model {name} is a run that has not finished; it has no model/ yet")
+    run = {}
+    if path.is_dir():
+        run = common.read_json(path.parent / "args.json")
+    return path, run
+
+def check_run(source, run, args, sets):
+    """End the program if images are to be scored on which the run was tuned."""
+    if run.get("data") != args.data:                        # another ROOT, or not a run
+        return
+    scored = {args.val, *(images.name for images in sets)}
+    for name in scored.intersection(run["train"]):
+        common.fail(f"{source} was tuned on {name}, which is to be scored; give --train {name}")
+    is_held_out = args.val is None and not Path(args.data, "val").is_dir()
+    for flag in ("train", "val", "val_frac", "seed"):
+        if is_held_out and run[flag] != getattr(args, flag):
+            common.fail(f"{source} was tuned on images that are held out as val now; its flags had "
+                        f"{flag.replace('_', '-')} {run[flag]}")
+
+def load_head(path, classes):
+    """Return the trained head W_cls (K, d) beside a run's model/, or None if there is none for these
+    classes."""
+    file = path.parent / "head.safetensors"
+    if path.name != "model" or not file.is_file():
+        return None
+    with safe_open(file, "pt") as f:
+        if json.loads(f.metadata()["classes"]) == classes:
+            return f.get_tensor("W_cls")
+    common.say(f"{file} has other classes; the zero-shot head of its text tower is used")
+    return None
+
+def interpolate(base, tuned, alpha):
+    """Return the model of WiSE-FT (Wortsman et al., 2022), all weights of which are (1 - alpha)
+    theta_zero_shot + alpha theta_fine_tuned."""
+    mixed = copy.deepcopy(base)
+    tuned_weights = tuned.state_dict()
+    for name, weight in mixed.state_dict().items():
+        if weight.is_floating_point():                      # unlike the counters of BatchNorm
+            weight.lerp_(tuned_weights[name], alpha)        # in place: weight is the model's own
+    return mixed
+
+def load(name, args, sets):
+    """Return the candidates of one --model: itself, or a mixture for each alpha of --wise."""
+    path, run = find_model(name)
+    source = str(path).removesuffix("/model")
+    if path.is_dir():
+        name = f"local-dir:{path}"
+    check_run(source, run, args, sets)
     model, _, preprocess, tokenizer = common.load_model(name, args.pretrained)
-    if path.name == "model" and (path.parent / "head.safetensors").is_file():
-        with safetensors.safe_open(path.parent / "head.safetensors", "pt") as f:
-            if json.loads(f.metadata()["classes"]) == val.classes:
-                head = f.get_tensor("W_cls")                                        # (K, d)
-            else:
-                common.say(f"{title}: its head has other classes; its zero-shot head is used")
-    if not args.wise:
-        return [(title, model, preprocess, tokenizer, head, None)]
+    head = load_head(path, sets[0].classes)
+    if args.wise is None:
+        return [Candidate(source, None, model, preprocess, tokenizer, head)]
 
-    # WiSE-FT (Wortsman et al., 2022): theta = (1 - alpha) theta_zero_shot + alpha theta_fine_tuned
     if not run:
-        sys.exit(f"error: --wise: {title} is no run's folder, so what it was tuned from is unknown")
+        common.fail(f"--wise: {source} is not a run's folder, so its base model is unknown")
     base, *_ = common.load_model(run["model"], run["pretrained"])
-    tuned, models = model.state_dict(), []
-    if head is not None:
-        E = common.text_embeddings(base, tokenizer, val.classnames, val.templates)  # (K, M, d)
-        base_head = common.class_head(E).cpu()
+    base_head = common.zero_shot_head(base, tokenizer, sets[0]).cpu()
+    candidates = []
     for alpha in args.wise:
-        mixed = copy.deepcopy(base)
-        mixed.load_state_dict({k: v.lerp(tuned[k], alpha) if v.is_floating_point() else v
-                               for k, v in base.state_dict().items()})
-        W = None if head is None else base_head.lerp(head, alpha)
-        models.append((f"{title} {alpha:g}", mixed, preprocess, tokenizer, W, alpha))
-    return models
+        mixed = interpolate(base, model, alpha)
+        mixed_head = None
+        if head is not None:
+            mixed_head = base_head.lerp(head, alpha)
+        candidates.append(Candidate(source, alpha, mixed, preprocess, tokenizer, mixed_head))
+    return candidates
 
+# ---- what is shown -------------------------------------------------------------------------------
 def filename(title):
-    return re.sub("[/ ]", "_", title.strip("/"))
+    """Return a title as the name of a file."""
+    return title.strip("/").replace("/", "_").replace(" ", "_")
 
 def reliability(axis, confidence, correct, title):
-    """Draw a reliability diagram of confidence (n,), correct (n,): accuracy in 15 equal bins."""
+    """Draw a reliability diagram of confidence (n,) and correct (n,): accuracy in 15 equal bins."""
     edges = np.linspace(0, 1, 16)
     count = np.histogram(confidence, edges)[0]
-    right = np.histogram(confidence, edges, weights=1.0 * correct)[0]
+    hits = np.histogram(confidence, edges, weights=1.0 * correct)[0]
     colours = np.where(count < 10, "#bcd3ea", "#2b6cb0")    # few images say little: pale
-    axis.bar(edges[:-1], right / np.maximum(count, 1), 1 / 15, align="edge", color=colours, ec="w")
+    axis.bar(edges[:-1], hits / np.maximum(count, 1), 1 / 15, align="edge", color=colours, ec="w")
     axis.plot([0, 1], [0, 1], "k--", linewidth=1)
     axis.set(title=f"{title}: ECE {100 * common.ece(confidence, correct):.1f}", xlim=(0, 1),
              ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
 
-def plot(folder, columns, outcomes):
-    """Draw PNGs: a reliability diagram of each model (of --wise the two ends), and val against
-    shifts. outcomes: {title: {set: (confidence (n,), correct (n,))}}."""
+def plot(folder, candidates, columns, outcomes):
+    """Write PNGs: a reliability diagram of each model (of --wise the two ends), and val against
+    shifts. columns and outcomes are those of score()."""
     import matplotlib.pyplot as plt
     plt.switch_backend("Agg")
-    curves = {}
-    for title, sets in outcomes.items():
-        alpha = columns[title].get("alpha")
-        name = title if alpha is None else title.rsplit(" ", 1)[0]          # of the run
-        if columns[title]["shift_mean"]:
-            point = columns[title]["sets"]["val"]["top1"], columns[title]["shift_mean"]["top1"]
-            curves.setdefault(name, []).append((alpha, *point))
-        if alpha in (None, 0, 1):
-            wide, tall = min(4, len(sets)), -(-len(sets) // 4)
-            figure, axes = plt.subplots(tall, wide, figsize=(2.6 * wide, 2.8 * tall), squeeze=False,
-                                        layout="constrained")
-            for axis in axes.flat[len(sets):]:
-                axis.set_visible(False)
-            for axis, (name, outcome) in zip(axes.flat, sets.items()):
-                reliability(axis, *outcome, name)
-            with common.replacing(f"{folder}/reliability_{filename(title)}.png") as f:
-                figure.savefig(f, dpi=120)
+    for candidate in candidates:
+        if candidate.alpha not in (None, 0, 1):
+            continue
+        sets = outcomes[candidate.title]
+        tall = math.ceil(len(sets) / 4)
+        figure = plt.figure(figsize=(10.4, 2.8 * tall), layout="constrained")
+        for i, (name, outcome) in enumerate(sets.items(), 1):
+            reliability(figure.add_subplot(tall, 4, i), *outcome, name)
+        with common.replacing(f"{folder}/reliability_{filename(candidate.title)}.png") as f:
+            figure.savefig(f, dpi=120)
+
     figure, axis = plt.subplots(figsize=(4.8, 4.2), layout="constrained")
-    for name, points in curves.items():
-        alphas, x, y = zip(*sorted(points, key=lambda point: point[0] or 0))
-        axis.plot(100 * np.array(x), 100 * np.array(y), marker="o", label=Path(name).name)
-        for i, alpha in enumerate(alphas):                  # of one curve, else they collide
-            if alpha is not None and name == next(iter(curves)):
-                axis.annotate(f"{alpha:g}", (100 * x[i], 100 * y[i]), fontsize=8, xytext=(
-                    4, 4 if i % 2 else -10), textcoords="offset points")
+    curves = {}                                             # {source: [(alpha, val, shifts), ...]}
+    for candidate in candidates:
+        column = columns[candidate.title]
+        if column["shift_mean"]:
+            top1s = column["sets"]["val"]["top1"], column["shift_mean"]["top1"]
+            curves.setdefault(candidate.source, []).append((candidate.alpha, *top1s))
+    for source, points in curves.items():
+        alphas, x, y = np.array(sorted(points), float).T                # an alpha of None is nan
+        axis.plot(100 * x, 100 * y, marker="o", label=Path(source).name)
+        for alpha, *point in zip(alphas, 100 * x, 100 * y):
+            if source == candidates[0].source:              # labels of several curves collide
+                axis.annotate(f"{alpha:g}", point)
     axis.set(xlabel="val top-1 (%)", ylabel="mean top-1 over shifts (%)")
     axis.legend(fontsize=8)
     with common.replacing(f"{folder}/val_against_shifts.png") as f:
         figure.savefig(f, dpi=120)
 
 def print_mean(folders):
-    """Print mean and deviation over runs: on sets that all of them have, and of shift means."""
-    runs = [common.read_json(Path(d, "results.json")) for d in folders]
-    if len(runs) < 2 or not all("sets" in r for r in runs):
-        sys.exit("error: --mean takes the folders of two or more finished runs")
-    rows = {name: [r["sets"][name] for r in runs] for name in runs[0]["sets"]
-            if all(name in r["sets"] for r in runs)}
-    if all(r["shift_mean"] for r in runs):
-        rows["shift mean"] = [r["shift_mean"] for r in runs]
-    print(f"{len(runs)} runs: mean and standard deviation\n{'set':<24}{'top-1':>8}{'± sd':>6}"
-          f"{'ECE':>8}{'± sd':>6}")
-    for name, entries in rows.items():
+    """Print mean and deviation over runs: of the sets that all of them have, and of shift means."""
+    runs = [common.read_json(Path(folder, "results.json")) for folder in folders]
+    if len(runs) < 2 or not all("sets" in run for run in runs):
+        common.fail("--mean takes the folders of two or more finished runs")
+    runs = [{**run["sets"], "shift mean": run["shift_mean"]} for run in runs]
+    print(f"{len(runs)} runs: mean and standard deviation")
+    print(f"{'set':<24}{'top-1':>8}{'± sd':>6}{'ECE':>8}{'± sd':>6}")
+    for name in runs[0]:
+        scores = [run.get(name) for run in runs]
+        if None in scores:                                  # some run lacks it
+            continue
         line = f"{name:<24}"
         for key in ("top1", "ece"):
-            values = [100 * e[key] for e in entries]
-            line += f"{np.mean(values):>8.2f}{f'±{np.std(values, ddof=1):.1f}':>6}"
+            values = [100 * score[key] for score in scores]
+            line += f"{np.mean(values):>8.2f} ±{np.std(values, ddof=1):<4.1f}"
         print(line)
 
+# ---- the program ---------------------------------------------------------------------------------
+def score(candidates, sets, args):
+    """Score all candidates on all sets: return the columns of the table, {title: summary}, what
+    the plots show, {title: {set: (confidence (n,), correct (n,))}}, and notes, a list of lines."""
+    models = [candidate.model for candidate in candidates]
+    preprocesses = [candidate.preprocess for candidate in candidates]
+    outcomes = {candidate.title: {} for candidate in candidates}
+    scores_of = {}                                          # {title: {set: scores}}
+    facts = {}                                              # {title: {alpha, temperature, ...}}
+    notes = []
+    for images in sets:
+        features_of = common.image_features(
+            models, preprocesses, images, args, args.skip_corrupt, args.precision)
+        is_readable = ~features_of[0][:, 0].isnan()                                 # (n,)
+        rows = is_readable.nonzero().squeeze(1)                                     # (n',)
+        if len(rows) == 0:
+            common.fail(f"no image of {images.name} can be read")
+        for path in images.paths[~is_readable.numpy()]:
+            notes.append(f"skipped, not readable: {path.decode(errors='replace')}")
+        labels = torch.from_numpy(images.labels)[rows]
+        for candidate, features in zip(candidates, features_of):
+            title = candidate.title
+            scaled = f"{title} at T"                        # the title at a fitted temperature
+            if candidate.head is None:
+                candidate.head = common.zero_shot_head(candidate.model, candidate.tokenizer, images)
+            logits = common.set_logits(
+                candidate.model, candidate.tokenizer, images, features[rows], candidate.head)
+            if images is sets[0]:                           # val
+                facts[title] = {"alpha": candidate.alpha, "temperature": 1.0}
+                if args.sigma_min:
+                    facts[title]["sigma_min"] = sigma_min(features[rows])
+                    notes.append(f"{facts[title]['sigma_min']:<8.3g} sigma_min of {title}")
+                if args.fit_temperature:
+                    T = fit_temperature(logits, labels)
+                    facts[scaled] = {"alpha": candidate.alpha, "temperature": T}
+                    notes.append(f"{T:<8.3g} T of {title}")
+            for column in {title, scaled} & facts.keys():
+                T = facts[column]["temperature"]
+                scores = common.score_set(images, logits / T, labels)
+                scores_of.setdefault(column, {})[images.name] = scores
+
+            confidence, prediction = logits.softmax(-1).max(-1)
+            outcomes[title][images.name] = confidence.numpy(), (prediction == labels).numpy()
+            if args.predictions is not None and common.RANK == 0:
+                paths = np.char.decode(images.paths[rows], "utf-8", "replace")
+                file = f"{args.predictions}/{filename(title)}/{filename(images.name)}.npz"
+                with common.replacing(file) as f:
+                    np.savez(f, path=paths, label=labels, prediction=prediction,
+                             confidence=confidence, classes=images.classes)
+    columns = {}
+    for title in facts:
+        columns[title] = {**common.summary(sets, scores_of[title]), **facts[title]}
+    return columns, outcomes, notes
+
 def main(argv=None):
-    parser = common.flags(__doc__, "out/evaluate")
-    parser.set_defaults(batch_size=256, precision="fp32")   # bf16 may flip near ties
-    add = parser.add_argument_group("evaluation").add_argument
+    parser = common.make_parser(__doc__, "out/evaluate")
+    parser.set_defaults(batch_size=256, precision="fp32")   # bf16 may turn near ties around
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
     add("--model", nargs="+", default=["ViT-B-16-quickgelu"], help="runs, names, local-dir:PATH")
-    add("--wise", nargs="+", type=common.number_type(float, -9, 9), metavar="ALPHA",
+    add("--wise", nargs="+", type=float, metavar="ALPHA",
         help="mix weights with the model a run was tuned from: 0 is that model, 1 the tuned one")
-    add("--temperature", choices=["fit"], help="also show each model at a T fitted on val")
+    add("--fit-temperature", action="store_true", help="also show each model at a T fitted on val")
     add("--sigma-min", action="store_true", help="of val's standardised feature covariance")
     add("--predictions", metavar="DIR", help="path, label, prediction and confidence of all images")
     add("--plot", metavar="DIR", help="reliability diagrams, and val against shifts")
     add("--skip-corrupt", action="store_true", help="count unreadable images instead of stopping")
     add("--mean", nargs="+", metavar="OUT", help="only print the mean over the results of runs")
-    args = parser.parse_args(argv)
-    if args.mean:
+    args, defaults = common.given_flags(parser, argv)
+    if args.mean is not None:
         return print_mean(args.mean)
-    args = common.start(parser, argv)                       # without --data: draws the toy
+    runs = [find_model(name)[1] for name in args.model or []]
+    first_run = next(filter(None, runs), {})                # has the flags that are not given
+    for flag in ("data", "train", "val", "val_frac", "seed"):
+        defaults[flag] = first_run.get(flag, defaults[flag])
+    args = common.fill_in(args, defaults)                   # without --data or a run: the toy
+    common.start_processes()
     if Path(args.out, "args.json").is_file():
-        sys.exit(f"error: --out {args.out} holds a run and its results.json; give another --out")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        sys.exit("error: --plot needs matplotlib: pip install matplotlib")
+        common.fail(f"--out {args.out} holds a run and its results.json; give another --out")
+    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        common.fail("--plot needs matplotlib: pip install matplotlib")
     val = args.val or "val"
-    if Path(args.data, val).is_dir() and not all(Path(args.data, d).is_dir() for d in args.train):
+    has_training_images = all(Path(args.data, name).is_dir() for name in args.train)
+    if Path(args.data, val).is_dir() and not has_training_images:
         args.train = [val]                                  # its classes stand in for training's
 
-    _, sets = common.read_data(args)
-    loaded = [entry for name in np.ravel(args.model) for entry in load(str(name), args, sets[0])]
-    everything = common.image_features(
-        [m for _, m, *_ in loaded], [p for _, _, p, *_ in loaded], sets, args, "scoring",
-        skip=args.skip_corrupt, precision=args.precision)
-    columns, outcomes, notes = {}, {}, []
-    for (title, model, _, tokenizer, head, alpha), features in zip(loaded, everything):
-        plain, scaled, T, outcomes[title] = {}, {}, None, {}
-        logits_of = common.set_logits(model, tokenizer, sets, features, head)
-        for s, (rows, logits, labels, about) in zip(sets, logits_of):
-            plain[s.name] = {**about, **common.scores(logits, labels)}
-            if args.temperature:
-                T = T or fit_temperature(logits, labels)    # val comes first
-                scaled[s.name] = {**about, **common.scores(logits / T, labels)}
-            confidence, prediction = (x.numpy() for x in logits.softmax(1).max(1))
-            outcomes[title][s.name] = confidence, prediction == labels.numpy()
-            if args.predictions and common.RANK == 0:
-                file = f"{args.predictions}/{filename(title)}/{filename(s.name)}.npz"
-                with common.replacing(file) as f:
-                    paths = np.char.decode(s.paths[rows], "utf-8", "replace")
-                    np.savez(f, path=paths, label=labels, prediction=prediction,
-                             confidence=confidence, classes=s.classes)
-        columns[title] = {**common.summary(sets, plain), "alpha": alpha}
-        if args.temperature:
-            columns[f"{title} T={T:.3f}"] = {**common.summary(sets, scaled), "temperature": T}
-        if args.sigma_min:
-            columns[title]["sigma_min"] = sigma_min(features[0][~features[0][:, 0].isnan()])
-            notes.append(f"sigma_min {columns[title]['sigma_min']:.3g}   {title}")
-    bad = [s.paths[u[:, 0].isnan().numpy()] for s, u in zip(sets, everything[0])]
-    notes += [f"skipped, not readable: {p.decode(errors='replace')}" for p in np.concatenate(bad)]
+    _, sets = common.read_data(args)                        # val, then all others
+    candidates = []
+    for name in np.ravel(args.model).tolist():              # the toy's is a single name
+        candidates += load(name, args, sets)
+    columns, outcomes, notes = score(candidates, sets, args)
     common.write(f"{args.out}/results.json", columns)
-    for i in range(0, len(columns), 3):                     # three models are 100 columns wide
-        common.say("\n" + common.table(dict(list(columns.items())[i:i + 3])))
+    titles = list(columns)
+    for i in range(0, len(titles), 2):                      # two models are 100 columns wide
+        page = {title: columns[title] for title in titles[i:i + 2]}
+        common.say("\n" + common.table(page))
     common.say("\n".join(notes))
-    if args.plot and common.RANK == 0:
-        plot(args.plot, columns, outcomes)
+    if args.plot is not None and common.RANK == 0:
+        plot(args.plot, candidates, columns, outcomes)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C ends the program at once
     main()

@@ -56,6 +56,11 @@ def argv(root, model, out, *flags, steps=4):
     return ["--data", str(root), "--model", model, "--out", str(out), "--max-steps", str(steps),
             *BASE, *flags]
 
+def parse(*flags):
+    """The flags of a training script with BASE's recipe, as its main() has them."""
+    parser = common.make_train_parser("test", "about", "out", 1e-3)
+    return common.fill_in(*common.given_flags(parser, [*BASE, *flags]))
+
 def run(script, root, model, out, *flags, steps=4):
     """Run a few steps of a script on a tiny root; its results.json."""
     script.main(argv(root, model, out, *flags, steps=steps))
