@@ -159,8 +159,8 @@ def main(argv=None):
     run = common.Run(args, [train, *sets], *anchors)
     if "sets" in run.results:                               # the run in --out has ended
         return run.report()
-    if not run.results:                                     # before training, so that an unreadable
-        zero_shot = common.evaluate(model, tokenizer, preprocess, sets, args)   # file is found early
+    if not run.results:                                     # unreadable images are found early
+        zero_shot = common.evaluate(model, tokenizer, preprocess, sets, args)
         run.add_results({"zero_shot": zero_shot})
     if use_captions:
         caption_tokens = common.tokenize(tokenizer, list(itertools.chain(*captions)))

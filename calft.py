@@ -16,9 +16,12 @@
 
 Both towers and tau are trained, and the student is the result. The paper bounds error and
 calibration error under shift by two terms: calibration error on the training distribution (lowered
-by the teacher's soft targets) and 1 / sigma_min of the image features' covariance (by L_oc). Where
-paper and released code differ we follow the code: the paper squares the norm in L_oc, and L_cross
-stands in the code alone, without a reason.
+by the teacher's soft targets) and 1 / sigma_min of the image features' covariance (lowered by
+L_oc). L_cross is the paper's regulariser R(W_v, W_l) of equations 3 and 4, "to promote the encoders
+to capture diverse features" (after Ji et al., 2023). The paper's equations square both norms, and
+the released code does not. We follow the code, to which the default weights belong; appendix B.2
+writes L_oc without the square, too. Images of one class that meet in a batch are negatives of each
+other in CE2, as in FLYP and in CaRot's code.
 
     python calft.py                                                # the toy
     torchrun --nproc_per_node 8 calft.py --data /imagenet          # the released recipe, eight GPUs
@@ -34,7 +37,7 @@ import common
 
 # ---- the loss ------------------------------------------------------------------------------------
 def orthogonality(W):
-    """Return L_oc of W (d_in, d): scalar. The norm is not squared: the weight 0.2 belongs to that."""
+    """Return L_oc of W (d_in, d): scalar. The norm is not squared; the weight 0.2 is for that."""
     identity = torch.eye(W.shape[1], device=W.device, dtype=W.dtype)
     return torch.linalg.norm(W.T @ W - identity)
 
@@ -50,7 +53,7 @@ def cross_frobenius(W_v, W_t):
     return torch.linalg.norm(W_v @ W_t.T)
 
 def ema_momentum(step, total_steps):
-    """Return m after `step`: it rises from 0.05 to 0.9 over the first fifth of the run, and stays."""
+    """Return m after `step`: it rises from 0.05 to 0.9 over the first fifth of the run."""
     progress = min(1.0, step / (0.2 * total_steps))
     return 0.05 + (0.9 - 0.05) * progress
 
@@ -106,7 +109,7 @@ def main(argv=None):
         common.fail(f"--model {args.model} has no final linear projections; use --oc 0 "
                     "--cross-fnorm 0")
     if args.sd and args.ema_every >= total:
-        common.say(f"warning: --ema-every {args.ema_every}: the teacher moves once in {total} steps")
+        common.say(f"warning: --ema-every {args.ema_every} in {total} steps: one teacher update")
     tokens = common.prompts(tokenizer, train.classnames, train.templates)           # (K, M, L)
     tokens = tokens.to(common.DEVICE)
     teacher = copy.deepcopy(model).requires_grad_(False)
@@ -121,8 +124,8 @@ def main(argv=None):
     run = common.Run(args, [train, *sets])
     if "sets" in run.results:                               # the run in --out has ended
         return run.report()
-    if not run.results:                                     # before training, so that an unreadable
-        zero_shot = common.evaluate(model, tokenizer, preprocess, sets, args)   # file is found early
+    if not run.results:                                     # unreadable images are found early
+        zero_shot = common.evaluate(model, tokenizer, preprocess, sets, args)
         run.add_results({"zero_shot": zero_shot})
     run.restore(saved)                                      # if there is a checkpoint
 

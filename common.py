@@ -234,7 +234,7 @@ def gather(x):
     own = x.detach().contiguous()
     rows = [torch.empty_like(own) for _ in range(WORLD)]
     dist.all_gather(rows, own)
-    rows[RANK] = own + WORLD * (x - x.detach())             # the value of x, WORLD times its gradient
+    rows[RANK] = own + WORLD * (x - x.detach())             # x with WORLD times its gradient
     return torch.cat(rows)
 
 def average_gradients(parameters):
@@ -311,7 +311,7 @@ def zero_shot_head(model, tokenizer, images):
 @torch.no_grad()
 def set_logits(model, tokenizer, images, features, head):
     """Return logits (n, K') of one set from its features (n, d), on the CPU: by the head (K, d) of
-    the training classes or, where some class was not trained on, by the set's own zero-shot head."""
+    the training classes or, where a class was not trained on, by a zero-shot head of its own."""
     tau = model.logit_scale.exp().cpu()
     if images.columns is None:
         own_head = zero_shot_head(model, tokenizer, images).cpu()
@@ -570,8 +570,8 @@ def decode(data):
     return v2.functional.to_dtype(x, torch.uint8, scale=True)           # from 16 bits
 
 def read_image(path):
-    """Return (uint8 RGB (3, H, W), True), or (black, False) if the file cannot be read or would fill
-    the memory. Orientation tags are ignored, as by open_clip."""
+    """Return (uint8 RGB (3, H, W), True), or (black, False) if the file cannot be read or would
+    fill the memory. Orientation tags are ignored, as by open_clip."""
     try:
         return decode(pathlib.Path(os.fsdecode(path)).read_bytes()), True
     except Exception:                                       # Pillow's plugins raise many kinds
@@ -584,7 +584,7 @@ def epoch_order(seed, epoch, n):
 
 @dataclass
 class TrainImages:
-    """An endless data set: index p is image p % n of epoch p // n, and every epoch is shuffled anew.
+    """An endless data set: index p is image p % n of epoch p // n; every epoch is shuffled anew.
     All randomness comes from (seed, epoch, row), so neither workers nor a resume change it.
 
     An item is a crop (uint8 (3, S, S)), its label, its row, and a random number."""
@@ -776,7 +776,7 @@ def write(path, content, **metadata):
         f.write(data)
 
 def export(model, name, path):
-    """Write a model, which was loaded as `name`, so that open_clip can load it as local-dir:path."""
+    """Write a model, loaded as `name`, so that open_clip can load it as local-dir:path."""
     config = open_clip.get_model_config(name)
     about = {"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg}
     write(join(path, "open_clip_model.safetensors"), model.state_dict())

@@ -43,8 +43,8 @@ def fit_temperature(logits, labels):
     return 1 / min(max(b.item(), 0.01), 100)
 
 def sigma_min(features):
-    """Return the smallest singular value of the covariance (d, d) of features (n, d), each dimension
-    standardised. CaRot's theory bounds the errors under shift by its inverse (section 3)."""
+    """Return the smallest singular value of the covariance (d, d) of features (n, d), with each
+    dimension standardised. CaRot's theory bounds errors under shift by its inverse (section 3)."""
     x = features.double()
     deviation = x.std(0)
     if not deviation.all():                                 # a constant dimension
@@ -61,7 +61,7 @@ class Candidate:
     model: torch.nn.Module
     preprocess: torch.nn.Module
     tokenizer: object
-    head: torch.Tensor | None                               # a trained W_cls (K, d); None: zero-shot
+    head: torch.Tensor | None                               # trained W_cls (K, d); None: zero-shot
 
     @property
     def title(self):
@@ -96,7 +96,7 @@ def check_run(source, run, args, sets):
                         f"{flag.replace('_', '-')} {run[flag]}")
 
 def load_head(path, classes):
-    """Return the trained head W_cls (K, d) beside a run's model/, or None if there is none for these
+    """Return the trained head W_cls (K, d) beside a run's model/, or None if it has none for these
     classes."""
     file = path.parent / "head.safetensors"
     if path.name != "model" or not file.is_file():
