@@ -20,7 +20,7 @@ pair nearest to each image (k = 1) by untuned image features, FLYP's recipe (Goy
     python anchor.py --data /imagenet --captions captions.tsv --pool cc3m/pool.tsv
     python anchor.py --cap 0 --ret 0 --out out/flyp                # the baseline FLYP: no anchors
 """
-import argparse
+import copy
 import itertools
 import math
 import os
@@ -40,7 +40,7 @@ def read_captions(path, images, root):
     skipped."""
     captions = {os.fsdecode(file): [] for file in images.paths}
     for file, text in common.read_rows(path, "path", "caption"):
-        file = os.path.join(root, file)
+        file = f"{root}/{file}"
         if file in captions:
             captions[file].append(text)
         elif not os.path.isfile(file):
@@ -58,8 +58,7 @@ def read_pool(path):
         common.fail(f"--pool {path} holds no pairs; expected lines of path<TAB>text")
     folder = os.path.dirname(os.path.abspath(path))
     files = np.array([os.fsencode(os.path.join(folder, file)) for file, _ in rows])
-    labels = np.zeros(len(files), int)
-    pool = common.ImageSet("pool", [], [], [], files, labels, None, "", False)
+    pool = common.ImageSet("pool", [], [], [], files, np.zeros(len(files)), None, "", False)
     return pool, [text for _, text in rows]
 
 @torch.no_grad()
@@ -86,7 +85,7 @@ def retrieve(query, pool, k):
 def retrieve_pairs(pool, train, model, preprocess, args):
     """Return the rows of the pool that are among the k nearest of a training image, by image
     features of the untuned model, which are kept in --out. Unreadable images are left out."""
-    path = os.path.join(args.out, "features.safetensors")
+    path = f"{args.out}/features.safetensors"
     if not os.path.isfile(path):
         features = {}
         for images in (train, pool):
@@ -96,8 +95,7 @@ def retrieve_pairs(pool, train, model, preprocess, args):
         common.write(path, features)
     else:
         features = load_file(path)
-    is_readable = ~features["pool"][:, 0].isnan()                                   # (m,)
-    readable = is_readable.nonzero().squeeze(1)                                     # (m',)
+    readable = (~features["pool"][:, 0].isnan()).nonzero().squeeze(1)               # (m',)
     query = features["train"][~features["train"][:, 0].isnan()].to(common.DEVICE)   # (n', d)
     nearest = retrieve(query, features["pool"][readable], args.k)                   # (n', k)
     rows = readable[nearest.unique().cpu()]
@@ -136,8 +134,7 @@ def main(argv=None):
     total = common.total_steps(args, len(train))
     use_captions = args.cap > 0 and args.captions is not None
     use_pairs = args.ret > 0 and args.pool is not None
-    wants_anchors = args.cap > 0 or args.ret > 0
-    if wants_anchors and not (use_captions or use_pairs):
+    if (args.cap or args.ret) and not (use_captions or use_pairs):
         common.fail("ARF needs --captions or --pool; --cap 0 --ret 0 is FLYP")
     anchors = []
     if use_captions:
@@ -172,10 +169,11 @@ def main(argv=None):
         pairs = replace(pool, paths=pool.paths[rows], labels=pool.labels[rows])
         pair_tokens = common.tokenize(tokenizer, [pool_texts[row] for row in rows])
         R = min(args.batch_size, len(pairs) // common.WORLD * common.WORLD)
-        if R == 0:
+        if not R:
             common.fail(f"{len(pairs)} retrieved pairs are too few; give a larger --k")
-        seed = args.seed + 2 ** 63                          # no --seed is that large
-        pair_args = argparse.Namespace(**{**vars(args), "batch_size": R, "seed": seed})
+        pair_args = copy.copy(args)
+        pair_args.batch_size = R
+        pair_args.seed += 2 ** 63                           # no --seed is that large
         pair_batches = common.train_loader(pairs, crop, pair_args, run.first_step, total)
     run.restore(saved)                                      # after retrieval by the untuned model
 

@@ -25,7 +25,7 @@ import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from operator import attrgetter
-from os.path import abspath, basename, dirname, isdir, isfile, join, realpath
+from os.path import abspath, basename, dirname, exists, isdir, isfile, realpath
 from statistics import fmean
 
 import numpy as np
@@ -55,11 +55,7 @@ else:
 
 def fail(message):
     """End the program with one line on stderr. Every mistake of a user ends here."""
-    sys.exit(f"error: {message}")
-
-def one_line(error):
-    """Return the text of an exception without line breaks."""
-    return " ".join(str(error).split())
+    sys.exit("error: " + message.replace("\n", " "))
 
 def say(message):
     """Print, by the first process only and above any progress bar."""
@@ -80,7 +76,6 @@ def load_model(name, pretrained, device=DEVICE):
     warns of that, and the accuracy drops."""
     if ":" in name:                                         # local-dir: and hf-hub: have weights
         pretrained = ""
-    flags = f"--model {name} --pretrained {pretrained!r}"
     try:
         config = open_clip.get_model_config(name)
         if config is None:
@@ -91,23 +86,22 @@ def load_model(name, pretrained, device=DEVICE):
             fail(f"--model {name}: text towers of Hugging Face are not supported")
         tag = open_clip.get_pretrained_cfg(name, pretrained)            # empty for a file
         if tag and bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):
-            fail(f"{flags}: the weights belong to another activation; add or drop -quickgelu")
+            fail(f"--pretrained {pretrained} is for another activation than --model {name}; add or "
+                 "drop -quickgelu")
         model = open_clip.create_model(name, pretrained, device=device)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as e:                                  # no network, a broken file: many kinds
-        fail(f"{flags}: {one_line(e)}")
+        fail(f"--model {name} --pretrained {pretrained!r}: {e}")
     # In training too: otherwise BatchNorm and drop path depend on how a batch is cut.
     model.eval()
-
     config = model.visual.preprocess_cfg
     size = int(np.ravel(model.visual.image_size)[0])
+    resized = {"shortest": size, "squash": [size, size]}.get(config["resize_mode"])
+    if resized is None:
+        fail(f"--model {name}: its resize mode, {config['resize_mode']}, is not supported")
     interpolation = InterpolationMode(config["interpolation"])
     preprocess_train = v2.RandomResizedCrop(size, scale=(0.9, 1.0), interpolation=interpolation)
-    sizes = {"shortest": size, "squash": [size, size]}
-    if config["resize_mode"] not in sizes:
-        fail(f"--model {name}: its resize mode, {config['resize_mode']}, is not supported")
-    resize = v2.Resize(sizes[config["resize_mode"]], interpolation)
-    preprocess_val = v2.Compose([resize, v2.CenterCrop(size)])
+    preprocess_val = v2.Compose([v2.Resize(resized, interpolation), v2.CenterCrop(size)])
     return model, preprocess_train, preprocess_val, tokenizer
 
 def prepare_towers(model, args):
@@ -189,10 +183,8 @@ def prompts(tokenizer, classnames, templates):
     texts = []
     for classname in classnames:
         for template in templates:
-            if callable(template):
-                texts.append(template(classname))
-            else:
-                texts.append(template.replace("{}", classname))
+            text = template(classname) if callable(template) else template.replace("{}", classname)
+            texts.append(text)
     return tokenize(tokenizer, texts).view(len(classnames), len(templates), -1)
 
 @torch.no_grad()
@@ -210,7 +202,7 @@ def text_embeddings(model, tokenizer, classnames, templates):
 def class_head(E):
     """Return the zero-shot classifier W_cls (K, d) of text features E (K, M, d): the normalised
     mean over the templates."""
-    return F.normalize(E.mean(1), dim=-1)
+    return normalize(E.mean(1))
 
 def clip_loss(S):
     """Return CE2(S), the mean of the cross-entropies of the rows and of the columns of S (N, N):
@@ -250,7 +242,7 @@ def average_gradients(parameters):
 def epoch_ended(step, total, n, args):
     """Whether val is to be scored after this step: --eval-every epochs of n images have ended. The
     last epoch does not count, as the end of the run scores all sets."""
-    if args.eval_every == 0 or step + 1 == total:
+    if not args.eval_every or step + 1 == total:
         return False
     images_seen = (step + 1) * args.batch_size
     return images_seen % (args.eval_every * n) < args.batch_size
@@ -355,24 +347,24 @@ def evaluate(model, tokenizer, preprocess, sets, args, head=None):
 def table(columns):
     """Return a table of models on the same sets, {title: summary}: top-1 and ECE in percent."""
     first = next(iter(columns.values()))
-    sets = first["sets"]
-    width = max(len("shift mean"), *map(len, sets))
-    titles = " " * (width + 20)
-    header = f"{'set':<{width}}{'images':>8}  {'head':<10}"
-    rows = {name: f"{name:<{width}}{r['n']:>8}  {r['head']:<10}" for name, r in sets.items()}
-    mean = f"{'shift mean':<{width + 20}}"
+    rows = {name: f"{r['n']:>8}  {r['head']:<10}" for name, r in first["sets"].items()}
+    if first["shift_mean"]:
+        rows["shift mean"] = " " * 20
+    titles = " " * 20
+    header = f"{'images':>8}  {'head':<10}"
     for title, column in columns.items():
         if len(title) > 21:
             title = f"…{title[-20:]}"
         titles += f"{title:>22}"
         header += f"{'top-1':>8}{'± se':>6}{'ECE':>8}"
-        for name, r in column["sets"].items():
-            error = f"±{100 * r['top1_se']:.1f}"
+        scores_of = {**column["sets"], "shift mean": column["shift_mean"]}
+        for name in rows:
+            r = scores_of[name]
+            error = f"±{100 * r['top1_se']:.1f}" if "top1_se" in r else ""
             rows[name] += f"{100 * r['top1']:>8.2f}{error:>6}{100 * r['ece']:>8.2f}"
-        if first["shift_mean"]:
-            r = column["shift_mean"]
-            mean += f"{100 * r['top1']:>8.2f}{100 * r['ece']:>14.2f}"
-    return "\n".join([titles, header, *rows.values(), mean])
+    width = max(map(len, rows))
+    lines = [f"{name:<{width}}{row}" for name, row in {"": titles, "set": header, **rows}.items()]
+    return "\n".join(lines)
 
 # ---- 3. data -------------------------------------------------------------------------------------
 @dataclass
@@ -423,12 +415,14 @@ def flatten(found, classes):
     return np.array(paths), np.repeat(np.arange(len(classes)), counts)
 
 def read_rows(path, *columns):
-    """Read a tab-separated text file with these columns into a list of rows. A header line, which
-    starts with "path", is skipped."""
+    """Read a tab-separated text file with these columns into a list of rows, [] if there is no such
+    file. A header line, which starts with "path", is skipped."""
+    if not exists(path):
+        return []
     try:
         text = pathlib.Path(path).read_text("utf-8-sig")    # some editors write a byte order mark
     except (OSError, UnicodeDecodeError) as e:
-        fail(f"{path} cannot be read as text ({one_line(e)})")
+        fail(f"{path} cannot be read as text ({e})")
     rows = []
     for line in text.split("\n"):
         row = [cell.strip() for cell in line.split("\t")]
@@ -448,14 +442,11 @@ def find_texts(classes, folders, templates):
     one; otherwise they are `templates`."""
     names = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
     for folder in reversed(folders):
-        file = join(folder, "classnames.txt")
-        if isfile(file):
-            names.update(read_rows(file, "folder", "name"))
-        file = join(folder, "templates.txt")
-        if isfile(file):
-            templates = [row[0] for row in read_rows(file, "prompt")]
-            if not templates or not all("{}" in template for template in templates):
-                fail(f"{file}: expected a prompt with {{}} on each line")
+        names.update(read_rows(f"{folder}/classnames.txt", "folder", "name"))
+        own = [row[0] for row in read_rows(f"{folder}/templates.txt", "prompt")]
+        if not all("{}" in template for template in own):
+            fail(f"{folder}/templates.txt: expected a prompt with {{}} on each line")
+        templates = own or templates
     return [names.get(c, c.replace("_", " ")) for c in classes], templates
 
 def match_classes(folders, path, train):
@@ -470,10 +461,8 @@ def match_classes(folders, path, train):
     numbers = {str(k): [c] for k, c in enumerate(train.classes)}
     if set(folders) == set(numbers):
         targets = numbers
-    file = join(path, "classes.txt")
-    if isfile(file):
-        for folder, names in read_rows(file, "folder", "training class[;training class...]"):
-            targets[folder] = [name.strip() for name in names.split(";")]
+    for folder, names in read_rows(f"{path}/classes.txt", "folder", "training class[;...]"):
+        targets[folder] = [name.strip() for name in names.split(";")]
     columns = []
     for folder in folders:
         if not all(name in index for name in targets[folder]):
@@ -486,12 +475,11 @@ def read_set(name, path, found, train, is_shift):
     classes = list(found)
     texts = find_texts(classes, [path, dirname(path)], train.templates)
     columns = match_classes(classes, path, train)
-    head = "all"
     if columns is None:
         head = "zero-shot"
-        is_shift = False
-    elif len(columns) < len(train.classes):
-        head = "subset"
+    else:
+        head = "all" if len(columns) == len(train.classes) else "subset"
+    is_shift = is_shift and columns is not None
     return ImageSet(name, classes, *texts, *flatten(found, classes), columns, head, is_shift)
 
 def hold_out(found, fraction, seed):
@@ -503,8 +491,7 @@ def hold_out(found, fraction, seed):
     val = {}
     for c, paths in found.items():
         ordered = sorted(paths, key=hash_order)
-        n_val = math.ceil(fraction * len(paths))
-        n_val = min(n_val, len(paths) - 1)                  # leaves at least one to train on
+        n_val = min(math.ceil(fraction * len(paths)), len(paths) - 1)       # one is to train on
         val[c] = sorted(ordered[:n_val])
         train[c] = sorted(ordered[n_val:])
     return train, val
@@ -515,15 +502,15 @@ def read_data(args):
     say(f"reading the image folders of {args.data}")
     of_train = {}
     for name in args.train:
-        for c, paths in scan(join(args.data, name)).items():
+        for c, paths in scan(f"{args.data}/{name}").items():
             of_train.setdefault(c, []).extend(paths)
     classes = sorted(of_train)
     if len(classes) < 2:
         fail(f"{args.data}/{args.train[0]} needs images of at least two classes, in <class>/*.jpg")
 
     val = args.val or "val"
-    if args.val or isdir(join(args.data, val)):
-        of_val = scan(join(args.data, val))
+    if args.val or isdir(f"{args.data}/{val}"):
+        of_val = scan(f"{args.data}/{val}")
     else:
         of_train, of_val = hold_out(of_train, args.val_frac, args.seed)
     unknown = sorted(set(of_val) - set(classes))
@@ -536,7 +523,7 @@ def read_data(args):
     train = ImageSet("train", classes, *texts, *flatten(of_train, classes), columns, "all", False)
     sets = [ImageSet("val", classes, *texts, *flatten(of_val, classes), columns, "all", False)]
 
-    taken = {realpath(join(args.data, name)) for name in [*args.train, val, "train", "val"]}
+    taken = {realpath(f"{args.data}/{name}") for name in [*args.train, val, "train", "val"]}
     of_root = [(entry.name, entry.path) for entry in visible(args.data) if entry.is_dir()]
     of_eval = [("/".join(path.split("/")[-2:]), path) for path in args.eval]
     for name, path in of_root + of_eval:
@@ -577,7 +564,7 @@ def read_image(path):
     except Exception:                                       # Pillow's plugins raise many kinds
         return torch.zeros(3, 8, 8, dtype=torch.uint8), False
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(2)
 def epoch_order(seed, epoch, n):
     """Return the order (n,) in which an epoch visits n images."""
     return np.random.default_rng([seed, epoch]).permutation(n)
@@ -703,12 +690,12 @@ def fill_in(args, defaults):
     """Fill in the defaults of flags that were not given. Without --data draw the toy, and take its
     defaults where it has them. End the program if a number is out of range."""
     if not args.data and not defaults["data"]:
-        sys.path.insert(0, join(dirname(abspath(__file__)), "tests"))
+        sys.path.insert(0, f"{dirname(abspath(__file__))}/tests")
         try:
             import toy
         except ModuleNotFoundError:
             fail("--data ROOT is needed, a folder with train/<class>/* and val/<class>/*")
-        defaults = {**defaults, **toy.defaults()}
+        defaults.update(toy.defaults())
     for name, value in vars(args).items():
         if value is None:
             setattr(args, name, defaults[name])
@@ -738,7 +725,7 @@ def total_steps(args, n):
         fail(f"--batch-size {args.batch_size}: expected at most {n}, the number of training "
              f"images, and a multiple of {chunks} (processes x --accum)")
     steps = args.epochs * n // args.batch_size
-    if args.max_steps is not None:
+    if args.max_steps:
         steps = min(steps, args.max_steps)
     if args.warmup >= steps:
         say(f"warning: --warmup {args.warmup} in a run of {steps} steps: --lr is never reached")
@@ -755,7 +742,7 @@ def replacing(path):
     except (OSError, RuntimeError) as e:                    # torch.save raises the latter
         if isfile(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        fail(f"{path} cannot be written ({one_line(e)}); an older one is kept")
+        fail(f"{path} cannot be written ({e}); an older one is kept")
 
 def read_json(path):
     """Return the content of a JSON file, or {} if there is none."""
@@ -779,8 +766,8 @@ def export(model, name, path):
     """Write a model, loaded as `name`, so that open_clip can load it as local-dir:path."""
     config = open_clip.get_model_config(name)
     about = {"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg}
-    write(join(path, "open_clip_model.safetensors"), model.state_dict())
-    write(join(path, "open_clip_config.json"), about)
+    write(f"{path}/open_clip_model.safetensors", model.state_dict())
+    write(f"{path}/open_clip_config.json", about)
 
 # Flags that may differ when a run continues. The last two change only its rounding.
 FREE = "out workers log_every save_every eval_every overwrite accum compile".split()
@@ -793,37 +780,34 @@ class Run:
         """Continue the run in --out, or begin one. End the program if --out holds another."""
         self.args = args
         self.path = pathlib.Path(args.out)
-        self.results = {}
-        self.checkpoint = {"step": 0, "log": ""}
         about = [(s.name, s.paths.tolist(), s.classnames, s.templates, s.columns) for s in sets]
         digest = hashlib.sha256(repr((about, texts)).encode()).hexdigest()
         settings = {**vars(args), "images and texts": digest}
-        continues = (self.path / "args.json").exists() and not args.overwrite
-        if continues:
-            self.read_old(settings)
+        old = read_json(self.path / "args.json")
+        changed = [f"{name.replace('_', '-')} {old.get(name)}" for name in settings
+                   if name not in FREE and old.get(name) != settings[name]]
+        files = [self.path / name for name in FILES if (self.path / name).exists()]
+        if files and changed and not args.overwrite:
+            fail(f"--out {args.out} holds a run with other settings ({', '.join(changed)}); choose "
+                 "another --out or add --overwrite")
+        if RANK == 0 and (args.overwrite or not files):
+            for file in files:                              # they would pass for new ones
+                if file.is_dir():
+                    shutil.rmtree(file)
+                else:
+                    file.unlink()
+            write(self.path / "args.json", settings)        # last, if a kill comes in between
+        gather(torch.zeros(1, device=DEVICE))               # the other processes wait for that
+
+        self.results = read_json(self.path / "results.json")
+        self.checkpoint = {"step": 0, "log": ""}
+        if (self.path / "last.pt").exists():
+            self.checkpoint = torch.load(
+                self.path / "last.pt", "cpu", mmap=True, weights_only=True)
         self.first_step = self.checkpoint["step"]
         facts = gather(torch.tensor([[self.first_step, len(self.results)]], device=DEVICE))
         if len(facts.unique(dim=0)) > 1:
             fail(f"--out {args.out} is not the same folder for all processes")
-        if RANK == 0 and not continues:
-            for file in [self.path / name for name in FILES]:           # would pass for new ones
-                shutil.rmtree(file, ignore_errors=True)
-                if file.is_file():
-                    file.unlink()
-            write(self.path / "args.json", settings)        # last, if a kill comes in between
-
-    def read_old(self, settings):
-        """Read results and checkpoint of the run in --out, which must have the same settings."""
-        old = read_json(self.path / "args.json")
-        changed = [f"{name.replace('_', '-')} {old.get(name)}" for name in settings
-                   if name not in FREE and old.get(name) != settings[name]]
-        if changed:
-            fail(f"--out {self.path} holds a run with other settings ({', '.join(changed)}); "
-                 "choose another --out or add --overwrite")
-        self.results = read_json(self.path / "results.json")
-        last = self.path / "last.pt"
-        if last.exists():
-            self.checkpoint = torch.load(last, "cpu", mmap=True, weights_only=True)
 
     def add_results(self, results):
         """Add {name: value} to results.json."""
@@ -837,7 +821,7 @@ class Run:
     def restore(self, saved):
         """Load the checkpoint, if there is one, into saved, {name: what has a state_dict}, and set
         the log back to that moment."""
-        if self.first_step > 0:
+        if self.first_step:
             for name, part in saved.items():
                 part.load_state_dict(self.checkpoint[name])
         if RANK == 0:

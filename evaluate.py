@@ -56,18 +56,13 @@ def sigma_min(features):
 @dataclass
 class Candidate:
     """A model to score."""
-    source: str                                             # what --model names, for titles
+    title: str                                              # of its column in the table
+    source: str                                             # what --model names
     alpha: float | None                                     # the weight of the tuned model (--wise)
     model: torch.nn.Module
     preprocess: torch.nn.Module
     tokenizer: object
     head: torch.Tensor | None                               # trained W_cls (K, d); None: zero-shot
-
-    @property
-    def title(self):
-        if self.alpha is None:
-            return self.source
-        return f"{self.source} {self.alpha:g}"
 
 def find_model(name):
     """Return the folder of the model that a --model means, and the flags of the run that wrote it;
@@ -89,7 +84,7 @@ def check_run(source, run, args, sets):
     scored = {args.val, *(images.name for images in sets)}
     for name in scored.intersection(run["train"]):
         common.fail(f"{source} was tuned on {name}, which is to be scored; give --train {name}")
-    is_held_out = args.val is None and not Path(args.data, "val").is_dir()
+    is_held_out = not args.val and not Path(args.data, "val").is_dir()
     for flag in ("train", "val", "val_frac", "seed"):
         if is_held_out and run[flag] != getattr(args, flag):
             common.fail(f"{source} was tuned on images that are held out as val now; its flags had "
@@ -126,8 +121,8 @@ def load(name, args, sets):
     check_run(source, run, args, sets)
     model, _, preprocess, tokenizer = common.load_model(name, args.pretrained)
     head = load_head(path, sets[0].classes)
-    if args.wise is None:
-        return [Candidate(source, None, model, preprocess, tokenizer, head)]
+    if not args.wise:
+        return [Candidate(source, source, None, model, preprocess, tokenizer, head)]
 
     if not run:
         common.fail(f"--wise: {source} is not a run's folder, so its base model is unknown")
@@ -139,7 +134,9 @@ def load(name, args, sets):
         mixed_head = None
         if head is not None:
             mixed_head = base_head.lerp(head, alpha)
-        candidates.append(Candidate(source, alpha, mixed, preprocess, tokenizer, mixed_head))
+        title = f"{source} {alpha:g}"
+        candidates.append(
+            Candidate(title, source, alpha, mixed, preprocess, tokenizer, mixed_head))
     return candidates
 
 # ---- what is shown -------------------------------------------------------------------------------
@@ -199,7 +196,7 @@ def print_mean(folders):
         common.fail("--mean takes the folders of two or more finished runs")
     runs = [{**run["sets"], "shift mean": run["shift_mean"]} for run in runs]
     print(f"{len(runs)} runs: mean and standard deviation")
-    print(f"{'set':<24}{'top-1':>8}{'± sd':>6}{'ECE':>8}{'± sd':>6}")
+    print(f"{'set':<24}   top-1  ± sd     ECE  ± sd")
     for name in runs[0]:
         scores = [run.get(name) for run in runs]
         if None in scores:                                  # some run lacks it
@@ -247,21 +244,18 @@ def score(candidates, sets, args):
                     facts[scaled] = {"alpha": candidate.alpha, "temperature": T}
                     notes.append(f"{T:<8.3g} T of {title}")
             for column in {title, scaled} & facts.keys():
-                T = facts[column]["temperature"]
-                scores = common.score_set(images, logits / T, labels)
+                scores = common.score_set(images, logits / facts[column]["temperature"], labels)
                 scores_of.setdefault(column, {})[images.name] = scores
 
             confidence, prediction = logits.softmax(-1).max(-1)
             outcomes[title][images.name] = confidence.numpy(), (prediction == labels).numpy()
-            if args.predictions is not None and common.RANK == 0:
+            if args.predictions and common.RANK == 0:
                 paths = np.char.decode(images.paths[rows], "utf-8", "replace")
                 file = f"{args.predictions}/{filename(title)}/{filename(images.name)}.npz"
                 with common.replacing(file) as f:
                     np.savez(f, path=paths, label=labels, prediction=prediction,
                              confidence=confidence, classes=images.classes)
-    columns = {}
-    for title in facts:
-        columns[title] = {**common.summary(sets, scores_of[title]), **facts[title]}
+    columns = {title: {**common.summary(sets, scores_of[title]), **facts[title]} for title in facts}
     return columns, outcomes, notes
 
 def main(argv=None):
@@ -279,7 +273,7 @@ def main(argv=None):
     add("--skip-corrupt", action="store_true", help="count unreadable images instead of stopping")
     add("--mean", nargs="+", metavar="OUT", help="only print the mean over the results of runs")
     args, defaults = common.given_flags(parser, argv)
-    if args.mean is not None:
+    if args.mean:
         return print_mean(args.mean)
     runs = [find_model(name)[1] for name in args.model or []]
     first_run = next(filter(None, runs), {})                # has the flags that are not given
@@ -289,7 +283,7 @@ def main(argv=None):
     common.start_processes()
     if Path(args.out, "args.json").is_file():
         common.fail(f"--out {args.out} holds a run and its results.json; give another --out")
-    if args.plot is not None and importlib.util.find_spec("matplotlib") is None:
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
         common.fail("--plot needs matplotlib: pip install matplotlib")
     val = args.val or "val"
     has_training_images = all(Path(args.data, name).is_dir() for name in args.train)
@@ -298,7 +292,7 @@ def main(argv=None):
 
     _, sets = common.read_data(args)                        # val, then all others
     candidates = []
-    for name in np.ravel(args.model).tolist():              # the toy's is a single name
+    for name in np.ravel(args.model):                       # the toy's is a single name
         candidates += load(name, args, sets)
     columns, outcomes, notes = score(candidates, sets, args)
     common.write(f"{args.out}/results.json", columns)
@@ -307,7 +301,7 @@ def main(argv=None):
         page = {title: columns[title] for title in titles[i:i + 2]}
         common.say("\n" + common.table(page))
     common.say("\n".join(notes))
-    if args.plot is not None and common.RANK == 0:
+    if args.plot and common.RANK == 0:
         plot(args.plot, candidates, columns, outcomes)
 
 if __name__ == "__main__":
