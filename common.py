@@ -62,10 +62,6 @@ def say(message):
     if RANK == 0:
         tqdm.write(message.encode(errors="replace").decode())           # names that are not UTF-8
 
-def progress(items, title):
-    """Return items with a progress bar, which appears if they take longer than three seconds."""
-    return tqdm(items, title, leave=False, delay=3, disable=RANK > 0)
-
 # ---- 1. models, features, heads and losses -------------------------------------------------------
 def load_model(name, pretrained, device=DEVICE):
     """Return open_clip's model in float32, preprocess_train and preprocess_val, which turn uint8
@@ -193,7 +189,7 @@ def text_embeddings(model, tokenizer, classnames, templates):
     tokens = prompts(tokenizer, classnames, templates).flatten(0, 1)                # (K*M, L)
     by_length = tokens.argmax(-1).argsort()                 # so that most batches can be cut short
     features = []
-    for rows in progress(by_length.split(1024), "prompts"):
+    for rows in tqdm(by_length.split(1024), "prompts", leave=False, delay=3, disable=RANK > 0):
         batch = cut_padding(tokens[rows]).to(model.logit_scale.device)
         features.append(encode_text(model, batch))
     E = torch.cat(features)[by_length.argsort()]            # in the order of the prompts again
@@ -288,7 +284,7 @@ def image_features(models, preprocesses, images, args, skip_corrupt=False, preci
     rows = [min(row, n - 1) for row in range(RANK * block, (RANK + 1) * block)]
     data = EvalImages(images, preprocesses, skip_corrupt)
     features = [[] for _ in models]
-    for crops, readable in progress(load(data, rows, args.batch_size, args), images.name):
+    for crops, readable in load(data, rows, args.batch_size, args, images.name):
         for model, x, of_model in zip(models, crops, features):
             with autocast(precision):
                 u = encode_image(model, to_input(model, x))                         # (n, d)
@@ -459,7 +455,7 @@ def match_classes(folders, path, train):
     index = {c: k for k, c in enumerate(train.classes)}
     targets = {folder: [folder] for folder in folders}
     numbers = {str(k): [c] for k, c in enumerate(train.classes)}
-    if set(folders) == set(numbers):
+    if set(folders) == numbers.keys():
         targets = numbers
     for folder, names in read_rows(f"{path}/classes.txt", "folder", "training class[;...]"):
         targets[folder] = [name.strip() for name in names.split(";")]
@@ -611,17 +607,17 @@ class EvalImages:
     def __getitem__(self, row):
         image, readable = read_image(self.images.paths[row])
         if not readable and not self.skip_corrupt:
-            path = os.fsdecode(self.images.paths[row])
-            raise OSError(f"{path!r} cannot be read; remove it")
+            raise OSError(f"{os.fsdecode(self.images.paths[row])!r} cannot be read; remove it")
         return [preprocess(image) for preprocess in self.preprocesses], readable
 
-def load(data, indices, batch_size, args):
-    """Yield batches of data[i] for the indices of this process; batch_size is of all processes."""
+def load(data, indices, batch_size, args, title=None):
+    """Yield batches of data[i] for the indices of this process; batch_size is of all processes.
+    With a title, a progress bar appears after three seconds."""
     loader = torch.utils.data.DataLoader(
         data, batch_size // WORLD, sampler=indices, num_workers=args.workers,
         pin_memory=DEVICE.type == "cuda")
     try:
-        yield from loader
+        yield from tqdm(loader, title, leave=False, delay=3, disable=RANK > 0 or title is None)
     except OSError as e:                                    # a worker puts its traceback before it
         fail(str(e).split("\n")[-1])
 
@@ -699,9 +695,9 @@ def fill_in(args, defaults):
     for name, value in vars(args).items():
         if value is None:
             setattr(args, name, defaults[name])
-    may_be_zero = "seed workers warmup eval_every".split()
+    positive = "accum batch_size ema_every epochs k log_every max_steps save_every".split()
     for name, value in vars(args).items():
-        least = int(type(value) is int and name not in may_be_zero)
+        least = int(name in positive)                       # the others may be 0
         if type(value) in (int, float) and not least <= value < 2 ** 63:
             fail(f"--{name.replace('_', '-')} {value}: expected a number of {least} or more")
     if not 0 < args.val_frac < 1:
@@ -764,8 +760,8 @@ def write(path, content, **metadata):
 
 def export(model, name, path):
     """Write a model, loaded as `name`, so that open_clip can load it as local-dir:path."""
-    config = open_clip.get_model_config(name)
-    about = {"model_cfg": config, "preprocess_cfg": model.visual.preprocess_cfg}
+    about = {"model_cfg": open_clip.get_model_config(name),
+             "preprocess_cfg": model.visual.preprocess_cfg}
     write(f"{path}/open_clip_model.safetensors", model.state_dict())
     write(f"{path}/open_clip_config.json", about)
 
@@ -831,14 +827,16 @@ class Run:
 
     def steps(self, batches, total):
         """Return an iterator over (step, batch) up to step total - 1, with a progress bar."""
-        steps = range(self.first_step, total)
-        self.bar = tqdm(zip(steps, batches), self.args.method, total, initial=self.first_step,
+        batches = zip(range(self.first_step, total), batches)
+        self.bar = tqdm(batches, self.args.method, total, initial=self.first_step,
                         disable=RANK > 0)
         return self.bar
 
     def log(self, step, **values):
         """Log numbers or scalar tensors. End the program if one of them is not finite."""
-        values = {name: float(value) for name, value in values.items()}
+        for name, value in values.items():
+            if torch.is_tensor(value):
+                values[name] = value.item()
         if not all(map(math.isfinite, values.values())):
             fail(f"loss not finite at step {step}: {values}; lower --lr? last.pt is kept")
         self.bar.set_postfix(values)
@@ -857,6 +855,7 @@ class Run:
         for tensor in tree_leaves(state):
             if torch.is_tensor(tensor) and not tensor.isfinite().all():
                 fail(f"weights are not finite after step {step - 1}; {self.path}/last.pt is kept")
-        log = (self.path / "log.jsonl").read_text()
+        state["step"] = step
+        state["log"] = (self.path / "log.jsonl").read_text()
         with replacing(self.path / "last.pt") as f:
-            torch.save({**state, "step": step, "log": log}, f)
+            torch.save(state, f)
