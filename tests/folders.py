@@ -1,22 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""Turn a data set into class folders, the layout that the training scripts read. Run it once.
+"""Turn a data set into the layout that the training scripts read. Run it once for each set.
 
     python tests/folders.py cifar100 SETS/cifar100
     python tests/folders.py objectnet OBJECTNET-1.0 ROOT/objectnet
+    python tests/folders.py pool CC3M POOL                      # img2dataset's folders or its tars
+    python tests/folders.py pool 'CC3M/{00000..00331}.tar' POOL
 
 A set of torchvision's becomes OUT/train/<class>/*, OUT/test/<class>/* and, for aircraft,
 flowers102 and dtd, OUT/val/<class>/*: its official splits (pets' trainval is train/). caltech101,
 sun397 and eurosat have no split in torchvision, so all their images go to train/. classnames.txt
 (folder<TAB>name) and templates.txt are those of CLIP's authors (data/prompts.md of openai/CLIP).
-Images are hard links where possible, else copies; CIFAR is written as PNG.
-The 113 classes of ObjectNet that ImageNet has too become OUT/<class>/*.png without their border;
+Images are hard links where possible, otherwise copies; CIFAR is written as PNG.
+
+The 113 classes of ObjectNet that ImageNet has too become OUT/<class>/*.png without their border.
 OUT/classes.txt (folder<TAB>wnid[;wnid...]) says which classes of ImageNet they are.
+
+A pool is OUT/pool.tsv, the image-text pairs (path<TAB>text) that anchor.py --pool reads. Its paths
+are relative to OUT. A pair is an image file and a text file of the same name, x.jpg and x.txt, as
+img2dataset writes them. Images in folders stay where they are. Images in tars are unpacked to
+OUT/<name of the tar>/. Hidden files and images without text are skipped.
+
 The same command finishes a folder that is half written and leaves a finished one as it is.
 """
 import json
+import os
 import re
 import shutil
 import sys
+import tarfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +35,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 from timm.data import ImageNetInfo
 from torchvision import datasets
+from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
 def both(*templates):
@@ -69,15 +81,18 @@ NAMES = {       # where CLIP's name is not the class with "_" as a space
     "Pasture": "pasture land", "PermanentCrop": "permanent crop land", "SeaLake": "lake or sea",
     "Residential": "residential buildings or homes or apartments", "globe-flower": "globe flower",
     "pink-yellow dahlia?": "pink and yellow dahlia", "ball moss": "air plant"}
+POOL_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 def write(source, target, border=0):
-    """Write lines, pixels or an image file to `target`, which is whole as soon as it exists."""
+    """Write lines, bytes, pixels or an image file to `target`, whole as soon as it exists."""
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
     if isinstance(source, list):
         part.write_text("".join(f"{line}\n" for line in source), encoding="utf-8")
+    elif isinstance(source, bytes):
+        part.write_bytes(source)
     elif border or hasattr(source, "shape"):
         image = Image.open(source) if border else Image.fromarray(source)
         ImageOps.crop(image, border).save(part, "PNG", compress_level=1)    # the default is slow
@@ -140,24 +155,129 @@ def objectnet(folder, out):
     write([f"{c}\t{labels[c]}" for c in kept], out / "classnames.txt")
     write([f"{c}\t{kept[c]}" for c in kept], out / "classes.txt")
 
+def is_plain(name):
+    """Whether a path in a folder stays in it, has no hidden part and fits into a line of a TSV."""
+    hidden = any(part.startswith(".") for part in name.split("/"))      # ".." counts, too
+    return not (hidden or name.startswith("/") or re.search(r"[\t\r\n\ud800-\udfff]", name))
+
+def one_line(data):
+    """Return the text of a file without line breaks and tabs."""
+    return " ".join(data.decode("utf-8", "replace").split())
+
+def pairs_in_folder(folder):
+    """Return [(image, text)] of the files below a folder; images are paths in it."""
+    pairs = []
+    for parent, subfolders, files in tqdm(os.walk(folder, followlinks=True), "pool", unit="folder"):
+        subfolders.sort()
+        for file in sorted(files):
+            image = Path(parent, file)
+            name = os.path.relpath(image, folder)
+            if image.suffix.lower() not in POOL_IMAGES or not is_plain(name):
+                continue
+            text = image.with_suffix(".txt")
+            if image.is_file() and text.is_file():          # a dangling link is not a file
+                pairs.append((name, one_line(text.read_bytes())))
+    return [(name, text) for name, text in pairs if text]
+
+def pairs_in_tar(shard, out):
+    """Unpack the images of a tar to OUT/<name of the tar>; return [(image, text)], paths in OUT."""
+    images, texts = {}, {}
+    with tarfile.open(shard, "r:") as tar:
+        for member in tar:
+            name = os.path.normpath(member.name)
+            stem, kind = os.path.splitext(name)
+            if not member.isfile() or not is_plain(name):
+                continue
+            if kind.lower() in POOL_IMAGES:
+                images[name] = member
+            elif kind == ".txt":
+                texts[stem] = one_line(tar.extractfile(member).read())
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512):             # the block that ends every tar
+            raise tarfile.ReadError("unexpected end")
+        pairs = []
+        for name, member in images.items():
+            text = texts.get(os.path.splitext(name)[0])
+            if not text:
+                continue
+            target = out / shard.stem / name
+            if not target.exists() or target.stat().st_size != member.size:
+                target.unlink(missing_ok=True)              # it is of another pool
+                write(tar.extractfile(member).read(), target)
+            pairs.append((f"{shard.stem}/{name}", text))
+    return pairs
+
+def expand_braces(pattern):
+    """Return the paths of a pattern: x/{08..10}.tar is x/08.tar, x/09.tar and x/10.tar."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", str(pattern))
+    if braces is None:
+        return [pattern]
+    first, last = braces.groups()
+    numbers = [f"{i:0{len(first)}}" for i in range(int(first), int(last) + 1)]
+    return [Path(str(pattern).replace(braces[0], number)) for number in numbers]
+
+def unpack(shards, out):
+    """Return the pairs of all tars, unpacked to OUT."""
+    if len({shard.stem for shard in shards}) < len(shards):
+        sys.exit(f"error: pool: two tars are called {shards[0].name}; give each its own OUT")
+
+    def pairs_or_exit(shard):
+        try:
+            return pairs_in_tar(shard, out)
+        except (OSError, tarfile.TarError) as e:
+            reason = " ".join(str(e).split())
+            sys.exit(f"error: pool: {shard} cannot be unpacked ({reason}); expected a whole tar, "
+                     "not compressed: download it again, then start the same command again")
+    found = thread_map(pairs_or_exit, shards, desc="pool", unit="tar")
+    return [pair for pairs in found for pair in pairs]
+
+def pool(source, out):
+    """Write OUT/pool.tsv, the pairs in img2dataset's folders or tars."""
+    if (out / "pool.tsv").exists():             # it is written last
+        print(f"{out} is finished already: it has a pool.tsv")
+        return
+    shards = expand_braces(source)
+    if source.is_dir():
+        shards = sorted(source.glob("[!.]*.tar"))
+    out.mkdir(parents=True, exist_ok=True)
+    if shards:
+        pairs = unpack(shards, out)
+    else:
+        folder = os.path.realpath(source)       # "../" would lead elsewhere from a link
+        base = os.path.relpath(folder, os.path.realpath(out))
+        pairs = [(os.path.normpath(f"{base}/{name}"), text)
+                 for name, text in pairs_in_folder(folder)]
+    if not pairs:
+        sys.exit(f"error: pool: {source} holds no pairs; expected images with a text, as 0.jpg and "
+                 "0.txt, in folders or tars")
+    write(["path\ttext", *[f"{path}\t{text}" for path, text in pairs]], out / "pool.tsv")
+    print(f"{out / 'pool.tsv'} has {len(pairs)} pairs")
+
 def main(argv=None):
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=[*SETS, "objectnet"])
-    parser.add_argument("paths", nargs="+", type=Path, help="OUT; for objectnet OBJECTNET-1.0 OUT")
+    parser.add_argument("set", choices=[*SETS, "objectnet", "pool"])
+    parser.add_argument("paths", nargs="+", type=Path, metavar="OUT",
+                        help="OUT; for objectnet OBJECTNET-1.0 OUT; for pool DIR OUT")
     parser.add_argument("--download", metavar="DIR", help="torchvision's own files (OUT/.download)")
     args = parser.parse_args(argv)
     *source, out = args.paths
-    if len(source) != (args.set == "objectnet"):
-        sys.exit("error: give OUT alone, or for objectnet OBJECTNET-1.0 and OUT")
+    if len(source) != (args.set in ("objectnet", "pool")):
+        sys.exit("error: give OUT alone; for objectnet OBJECTNET-1.0 and OUT; for pool DIR, or "
+                 "'DIR/{00000..00331}.tar' in quotes, and OUT")
     folder = source[0] if source else Path(args.download or out / ".download")
+    hint = f"put the archive below {folder} by hand, where its reader looks, or unpack it anew"
+    if args.set == "pool":
+        hint = "start the same command again when that is mended; it goes on"
     try:
         if args.set == "objectnet":
             objectnet(folder, out)
+        elif args.set == "pool":
+            pool(folder, out)
         else:
             torchvision_set(args.set, folder, out)
     except (Exception, KeyboardInterrupt) as e:
-        sys.exit(f"error: {args.set}: {type(e).__name__}: {' '.join(str(e).split())}; put "
-                 f"the archive below {folder} by hand, where its reader looks, or unpack it anew")
+        reason = " ".join(str(e).split())
+        sys.exit(f"error: {args.set}: {type(e).__name__}: {reason}; {hint}")
 
 if __name__ == "__main__":
     main()

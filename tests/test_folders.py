@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""folders.py on small sets as ObjectNet and torchvision, whose readers are the judge, have them.
+"""folders.py on small sets as torchvision, ObjectNet and img2dataset have them.
 
+Torchvision's own readers are the judge of its sets, and common.py's reader of TSVs is of pools.
 cars and flowers102 are left out, because their files need scipy; cifar100 is read as cifar10 is.
 """
+import io
 import json
+import os
 import pathlib
 import pickle
 import shutil
 import sys
+import tarfile
 import types
 import zlib
 
@@ -17,6 +21,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision import datasets
 
+import common
 import folders
 from folders import FLAG, PETS, THREE, TWO
 
@@ -196,3 +201,182 @@ def test_objectnet(tmp_path):
     assert files[0].exists() and files[1].stat().st_mtime_ns == before.st_mtime_ns
     write_lines(maps / "objectnet_to_imagenet_1k.json", ['{"Bicycle": "unicycle"}'])
     assert "unicycle" in error("objectnet", source, tmp_path / "b")
+
+def png(value, size=(30, 20)):
+    """The bytes of a grey image."""
+    file = io.BytesIO()
+    Image.new("RGB", size, (value, value, value)).save(file, "PNG")
+    return file.getvalue()
+
+def write_shard(path, members):
+    """Write a tar of (name, bytes), or (name, kind, target of a link) for what is not a file."""
+    with tarfile.open(made(path), "w") as tar:
+        for name, *content in members:
+            info = tarfile.TarInfo(name)
+            if len(content) == 1:
+                info.size = len(content[0])
+                tar.addfile(info, io.BytesIO(content[0]))
+            else:
+                info.type, info.linkname = content
+                tar.addfile(info)
+
+def read_pool(out):
+    """What anchor.py finds: the bytes and the text of each pair, by the path in the TSV."""
+    rows = common.read_rows(out / "pool.tsv", "path", "text")
+    return {path: ((out / path).read_bytes(), text) for path, text in rows}
+
+def write_folders(base):
+    """The two folders of an img2dataset download of format "files", with what it must not read."""
+    for path, data in [
+            ("00000/000000000.jpg", b"A"), ("00000/000000000.txt", b"first"),
+            ("00000/000000000.json", b"{}"), ("00000.parquet", b""), ("00000_stats.json", b"{}"),
+            ("00000/000000001.webp", b"B"),
+            ("00000/000000001.txt", "drei\nzeilen\tund \u00e4".encode()),
+            ("00000/000000002.jpg", b"no text"), ("00000/000000003.txt", b"no image"),
+            ("00000/000000004.png", b"blank text"), ("00000/000000004.txt", b" \r\n"),
+            ("00000/000000005.jpg", b"its text is a folder"), ("00000/000000005.txt/x", b""),
+            ("00000/._000000000.jpg", b"AppleDouble"), ("00000/._000000000.txt", b"not a text"),
+            ("00000/000000006.txt", b"its image is a link to nothing"),
+            ("00000/000000007.jpg/x", b""), ("00000/000000007.txt", b"its image is a folder"),
+            ("00001/000000000.JPEG", b"C"), ("00001/000000000.txt", b"not UTF-8: \xff"),
+            (".hidden/000000000.jpg", b"D"), (".hidden/000000000.txt", b"hidden")]:
+        made(base / path).write_bytes(data)
+    (base / "00000/000000006.jpg").symlink_to("nowhere.jpg")
+
+def test_a_pool_of_folders(tmp_path):
+    """Images with a text are listed where they are, from an OUT anywhere, and nothing is copied."""
+    source = tmp_path / "cc3m"
+    write_folders(source)
+    (tmp_path / "far/off").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/off")
+    expected = [("00000/000000000.jpg", b"A", "first"),
+                ("00000/000000001.webp", b"B", "drei zeilen und \u00e4"),
+                ("00001/000000000.JPEG", b"C", "not UTF-8: \ufffd")]
+    for out, base in ((tmp_path / "new/pool", "../../cc3m/"), (tmp_path / "link", "../../cc3m/"),
+                      (source, ""), (source / "pool", "../")):
+        run("pool", source, out)
+        assert read_pool(out) == {base + name: (data, text) for name, data, text in expected}
+        assert list(read_pool(out)) == [base + name for name, _, _ in expected]
+    assert os.listdir(tmp_path / "new/pool") == ["pool.tsv"]
+
+def test_a_pool_of_tars(tmp_path, monkeypatch):
+    """Members in any order: every image has its own bytes and text, and tars do not mix."""
+    long = "x" * 150                                        # needs a longer tar header
+    source, out = tmp_path / "cc3m", tmp_path / "pool"
+    write_shard(source / "08.tar", [
+        ("0001.txt", b"first"), ("0001.jpg", png(1)), ("0001.json", b"{}"), ("0002.jpg", png(2)),
+        (f"{long}.jpg", png(3)), (f"{long}.txt", "drei\nzeilen".encode())])
+    write_shard(source / "09.tar", [
+        ("0001.jpg", png(4)), ("0001.txt", b"same name"), ("0005.txt", b"no image"),
+        ("0006.jpg", png(6)), ("0006.txt", b" ")])
+    write_shard(source / "10.tar", [
+        ("./a/1.webp", png(7)), ("./a/1.txt", b"tab\there"), ("b/1.png", png(8)),
+        ("b/1.txt", b"\xff"), ("c.jpg", png(9)), ("c.txt", b"old"), ("c.jpg", png(10)),
+        ("c.txt", b"new")])
+    expected = {"08/0001.jpg": (png(1), "first"), f"08/{long}.jpg": (png(3), "drei zeilen"),
+                "09/0001.jpg": (png(4), "same name"), "10/a/1.webp": (png(7), "tab here"),
+                "10/b/1.png": (png(8), "\ufffd"), "10/c.jpg": (png(10), "new")}
+    run("pool", source / "{08..10}.tar", out)
+    assert read_pool(out) == expected and list(read_pool(out)) == list(expected)
+    files = [str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()]
+    assert sorted(files) == sorted([*expected, "pool.tsv"])     # no image without a text
+    run("pool", source / "09.tar", tmp_path / "one")
+    assert read_pool(tmp_path / "one") == {"09/0001.jpg": expected["09/0001.jpg"]}
+    (source / "._08.tar").write_bytes(b"AppleDouble")
+    run("pool", source, source)
+    assert read_pool(source) == expected
+    monkeypatch.chdir(source)
+    run("pool", "{08..10}.tar", "here")
+    assert read_pool(source / "here") == expected
+
+def test_strange_members_of_tars(tmp_path):
+    """Nothing is written outside OUT, and what is not a visible file is never part of a pair."""
+    secret, out = tmp_path / "secret.jpg", tmp_path / "deep/er/pool"
+    secret.write_bytes(png(3))
+    members = [("good.jpg", png(1)), ("good.txt", b"good")]
+    for stem in ("../up", "../../up", "a/../../../up", f"{tmp_path}/absolute", "._apple", ".a/b",
+                 "a/._b", "tab\there", "line\nbreak", "surrogate\udcff"):
+        members += [(f"{stem}.jpg", png(2)), (f"{stem}.txt", b"bad")]
+    write_shard(tmp_path / "in/00000.tar", [
+        *members, ("folder.txt", tarfile.DIRTYPE, ""), ("folder.jpg", tarfile.DIRTYPE, ""),
+        ("soft.jpg", tarfile.SYMTYPE, str(secret)), ("soft.txt", b"to a secret"),
+        ("hard.jpg", tarfile.LNKTYPE, "good.jpg"), ("hard.txt", b"to an image"),
+        ("good.txt", tarfile.DIRTYPE, ""), ("folder.jpg", png(4)), ("folder.txt", b"real"),
+        ("a", tarfile.SYMTYPE, str(tmp_path)), ("a/b.jpg", png(5)), ("a/b.txt", b"in a folder")])
+    run("pool", tmp_path / "in/00000.tar", out)
+    assert read_pool(out) == {
+        "00000/good.jpg": (png(1), "good"), "00000/folder.jpg": (png(4), "real"),
+        "00000/a/b.jpg": (png(5), "in a folder")}
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {secret, tmp_path / "in/00000.tar", out / "pool.tsv",
+                     *[out / path for path in read_pool(out)]}
+
+def test_a_cut_tar_is_refused(tmp_path):
+    """Cut anywhere before its end, a tar is refused by name, and the TSV is not written."""
+    whole, cut, out = tmp_path / "whole.tar", tmp_path / "cut.tar", tmp_path / "out"
+    write_shard(whole, [("0.jpg", png(1)), ("0.txt", b"text"), (f"{'x' * 150}.jpg", png(2)),
+                        ("1.jpg", png(3)), ("1.txt", b"more")])
+    data = whole.read_bytes()
+    end = len(data.rstrip(b"\0")) // 512 * 512 + 512        # of the last member
+    for size in [*range(0, end + 1, 512), *range(100, end, 512), end + 511]:
+        cut.write_bytes(data[:size])
+        assert f"{cut} cannot be unpacked (" in error("pool", cut, out)
+    broken = bytearray(data)
+    start = data.index(b"1.jpg")
+    broken[start + 148:start + 156] = b"7777777\0"          # the checksum of a header
+    cut.write_bytes(broken)
+    assert f"{cut} cannot be unpacked (" in error("pool", cut, out)
+    assert not (out / "pool.tsv").exists()
+    cut.write_bytes(data)
+    run("pool", cut, out)
+    assert len(read_pool(out)) == 2
+
+def test_a_half_written_pool_is_finished(tmp_path, monkeypatch):
+    """Images that are there stay, one that a kill has cut is written anew, and a finished pool is
+    left alone."""
+    source, out, replace = tmp_path / "in", tmp_path / "out", pathlib.Path.replace
+    images = {f"{i}.jpg": png(i) for i in range(5)}
+    texts = [(f"{i}.txt", b"text") for i in range(5)]
+    for shard in ("0.tar", "1.tar"):
+        write_shard(source / shard, [*images.items(), *texts])
+
+    def fails_at_3(part, target):
+        return fails() if target.name == "3.jpg" else replace(part, target)
+    monkeypatch.setattr(pathlib.Path, "replace", fails_at_3)
+    assert "in/0.tar cannot be unpacked (not here)" in error("pool", source, out)
+    monkeypatch.undo()
+    assert not (out / "pool.tsv").exists()
+    (out / "0/3.jpg.part").write_bytes(b"half a file")
+    before = {path: path.stat() for path in out.rglob("*.jpg")}
+    run("pool", source, out)
+    assert read_pool(out) == {
+        f"{shard}/{name}": (data, "text") for shard in "01" for name, data in images.items()}
+    assert {path.name for path in before} == {"0.jpg", "1.jpg", "2.jpg"}
+    assert all(path.stat() == seen for path, seen in before.items())
+    assert not list(out.rglob("*.part"))
+    (out / "pool.tsv").unlink()
+    (out / "0/2.jpg").write_bytes(b"of another pool")
+    run("pool", source, out)
+    assert read_pool(out)["0/2.jpg"] == (png(2), "text")
+    shutil.rmtree(source)
+    finished = (out / "pool.tsv").stat()
+    run("pool", source, out)
+    assert (out / "pool.tsv").stat() == finished
+
+def test_bad_pools(tmp_path):
+    """What cannot be a pool is one line that names it."""
+    out = tmp_path / "out"
+    write_shard(tmp_path / "0/a.tar", [("0.jpg", png(0)), ("1.txt", b"text")])
+    write_shard(tmp_path / "1/a.tar", [("0.jpg", png(0)), ("0.txt", b"text")])
+    (tmp_path / "text.tar").write_text("no tar")
+    (tmp_path / "empty").mkdir()
+    for name in ("nowhere", "nowhere.tar", "text.tar", "{7..9}.tar"):
+        file = name.replace("{7..9}", "7")
+        assert f"{tmp_path}/{file} cannot be unpacked (" in error("pool", tmp_path / name, out)
+    for name in ("empty", "0/a.tar", "0", "{2..1}.tar"):
+        assert f"{tmp_path}/{name} holds no pairs" in error("pool", tmp_path / name, out)
+    assert "two tars are called a.tar" in error("pool", tmp_path / "{0..1}/a.tar", out)
+    assert "in quotes" in error("pool", out) and "in quotes" in error("pool", out, out, out)
+    (tmp_path / "file").write_text("")
+    assert "FileExistsError" in error("pool", tmp_path / "0", tmp_path / "file")
+    assert not (out / "pool.tsv").exists()
