@@ -114,8 +114,8 @@ def cosine_lr(step, total, warmup, peak):
     """Return the learning rate: a linear rise to `peak`, then a cosine to 0 at `total` steps."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    angle = math.pi * (step - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(angle))
 
 # ---- the run -------------------------------------------------------------------------------------
 def main(argv=None):
