@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""Speed and memory, printed with hardware and versions; several names may be given.
+"""Speed and memory, printed with hardware and versions. Several names may be given.
 
     python tests/bench.py step      # each method's step against a peer's way and the matrix rate
     python tests/bench.py input     # decoding and cropping against open_clip's
     python tests/bench.py loader    # images a second by the number of workers
     python tests/bench.py head      # the zero-shot head against open_clip's builder
     python tests/bench.py index     # reading 1.28 million file names against ImageFolder
-    python tests/bench.py memory    # of a step by --accum and --grad-checkpointing: counted
+    python tests/bench.py memory    # of a step by --accum: counted
     python tests/bench.py plan      # memory, time, workers and traffic of a run: computed
 
-Things compared take turns in one process; ratios are of medians. Accuracy: tests/evidence.py.
-`memory` and `plan` need no GPU. Where there is one, `memory` prints the measured peak as well.
+What is compared takes turns in one process, and ratios are of medians. ARF's captions and pairs
+have 8 to 77 tokens. `memory` and `plan` need no GPU; where there is one, `memory` prints the
+measured peak, too. tests/evidence.py measures accuracy.
 
 What a step makes the host wait for on a GPU, by reading the code (none of it is measured):
-- Only its loader, in most steps. Images come pinned from it. Tokens, labels and the constants of
-  the normalisation are pinned (`to_device`), so copies are queued. The longest prompt is looked up
-  in tokens that are still on the CPU. The optimiser is fused, and in fp16 it reads the scaler's
-  found_inf on the GPU.
-- Every --log-every steps the losses; every --save-every steps the finiteness check, tensor by
-  tensor, and the copy of last.pt to the CPU. Gradients are averaged after the backward pass.
-- Scoring: the features of each batch, in float32 without TF32. Captions: each token.
+- In every step, its loader. Images and labels come pinned from it, and captions and pairs are
+  pinned in anchor.texts_of, so that these copies are queued. The normalisation divides by numbers,
+  and the longest caption is looked up on the CPU.
+- In calft.py and anchor.py, in every step, the end of the step before: the table of prompts is on
+  the GPU and its indices, labels and template_id, are on the CPU, from where indexing copies them
+  and waits.
+- Every --log-every steps, the losses. Every --save-every steps, the check that weights are finite,
+  tensor by tensor, and the copy of last.pt to the CPU.
+- Nothing else: the optimiser is fused, and in fp16 it reads the scaler's found_inf on the GPU;
+  clipping multiplies by a number that stays there. Gradients are averaged after the backward pass.
+- Scoring: the features of each set, in float32 without TF32, and each batch of a head's prompts.
 """
 import argparse
 import gc
@@ -48,47 +53,57 @@ OUT = f"{REPO}/out/bench"
 GPU = common.DEVICE.type == "cuda"
 
 def system():
+    """Return the names and versions of what runs this."""
+    device = "a processor without a name"
     with open("/proc/cpuinfo") as f:
-        cpu = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), "?")
-    device = torch.cuda.get_device_name() if GPU else f"{cpu}, {os.cpu_count()} cores"
+        for line in f:
+            if line.startswith("model name"):
+                device = f"{line.split(':')[1].strip()}, {os.cpu_count()} cores"
+    if GPU:
+        device = torch.cuda.get_device_name()
     return (f"{device}; Python {sys.version.split()[0]}, torch {torch.__version__}, "
             f"torchvision {torchvision.__version__}, open_clip {open_clip.__version__}")
 
 def flags(data=None, val=None, workers=0, batch_size=32):
-    """What common's readers and loaders want to know of a script's flags."""
+    """Return the flags that common's readers and loaders look at."""
     return argparse.Namespace(data=data, train=["train"], val=val, val_frac=0.2, eval=[], seed=0,
                               workers=workers, batch_size=batch_size)
 
 def clock():
+    """Return the seconds at which all that was queued has ended."""
     if GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 def take_turns(rounds, *functions):
-    """Median seconds of each function. A round is a call of each; the first one is to warm up."""
+    """Return the median seconds of each function. A round is a call of each; one more round comes
+    first, to warm up."""
     times = [[] for _ in functions]
     for _ in range(rounds + 1):
-        for f, t in zip(functions, times):
+        for function, seconds in zip(functions, times):
             start = clock()
-            f()
-            t.append(clock() - start)
-    return [np.median(t[1:]) for t in times]
+            function()
+            seconds.append(clock() - start)
+    return [np.median(seconds[1:]) for seconds in times]
 
 def compare(what, count, rounds, **functions):
-    """Print how many of `count` things two functions do in a second."""
-    (ours, peer), (a, b) = functions, take_turns(rounds, *functions.values())
+    """Print how many of `count` things each of two functions does in a second."""
+    ours, peer = functions
+    a, b = take_turns(rounds, *functions.values())
     print(f"{what}: {ours} {count / a:,.1f} a second, {peer} {count / b:,.1f}, ratio {b / a:.2f}")
 
 # ---- the methods' steps --------------------------------------------------------------------------
-def make_step(*args, steps, **kw):
-    """A function that makes the next step of lone_loop(*args), `steps` in all. The loop runs in a
-    thread that waits for its next batch between the calls."""
-    go, done = threading.Semaphore(0), threading.Semaphore(0)
+def make_step(method, name, n, *given, steps, peer=False):
+    """Return a function that makes the next step of a lone_loop, of `steps` in all. The loop runs
+    in a thread that waits for its next batch between the calls."""
+    go = threading.Semaphore(0)
+    done = threading.Semaphore(0)
 
     def turns():
         for _ in range(steps):
             done.release()
-            yield go.acquire()
+            go.acquire()
+            yield
 
     def run():
         try:
@@ -100,100 +115,157 @@ def make_step(*args, steps, **kw):
         assert thread.is_alive()
         go.release()
         done.acquire()
-    main, _ = lone_loop(*args[:3], turns(), *args[3:], **kw)
+
+    main, _ = lone_loop(method, name, n, turns(), *given, peer=peer)
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     done.acquire()                                          # it asks for its first batch
     return step
 
+def matrix_rate():
+    """Return the operations a second of a product of large matrices, the best of seven: in bf16 on
+    a GPU, in float32 on a CPU."""
+    side = 2048
+    dtype = torch.float32
+    if GPU:
+        side = 8192
+        dtype = torch.bfloat16
+    a = torch.randn(side, side).to(common.DEVICE, dtype)
+    seconds = min(take_turns(1, lambda: a @ a)[0] for _ in range(7))
+    return 2 * side ** 3 / seconds
+
 def bench_step(args):
-    n, side = args.batch_size or (512 if GPU else 16), 8192 if GPU else 2048
-    name = args.model or ("ViT-B-16-quickgelu" if GPU else "ViT-B-32-quickgelu")
-    a = torch.randn(side, side).to(common.DEVICE, torch.bfloat16 if GPU else torch.float32)
-    rate = 2 * side ** 3 / min(take_turns(1, lambda: a @ a)[0] for _ in range(7))
+    n = args.batch_size or 16
+    name = args.model or "ViT-B-32-quickgelu"
+    if GPU:
+        n = args.batch_size or 512
+        name = args.model or "ViT-B-16-quickgelu"
+    ours_flags = []
+    if args.compile:
+        ours_flags = ["--compile"]
+    rate = matrix_rate()
     print(f"{name}, batch {n}, compile {args.compile}; product {rate / 1e12:.2f} TFLOP/s\n\n"
           f"{'':<8}{'images/s':>10}{'peer':>10}{'ratio':>8}{'GFLOP/image':>13}{'of the rate':>13}"
           f"{'of FT time':>12}")
+    seconds = {}
     for method in METHODS:
         make = partial(make_step, method, name, n, steps=args.rounds + 1)
-        ours, peer = take_turns(
-            args.rounds, make(*["--compile"] * args.compile), make(peer=True))
-        flop, ft = operations(method, name), ours if method == "FT" else ft
+        ours, peer = take_turns(args.rounds, make(*ours_flags), make(peer=True))
+        seconds[method] = ours
+        flop = operations(method, name, n)
         print(f"{method:<8}{n / ours:>10.1f}{n / peer:>10.1f}{peer / ours:>8.2f}"
-              f"{flop / 1e9:>13.1f}{flop * n / ours / rate:>12.0%}{ours / ft:>12.2f}", flush=True)
+              f"{flop / n / 1e9:>13.1f}{flop / ours / rate:>12.0%}{ours / seconds['FT']:>12.2f}",
+              flush=True)
 
-def measured(*args):
-    """The most bytes that CUDA's allocator gave out in two steps of lone_loop(*args)."""
+# ---- memory, and the plan of a run ---------------------------------------------------------------
+def measured(method, name, n, accum):
+    """Return the largest number of bytes that CUDA's allocator gave out in two steps."""
+    main, _ = lone_loop(
+        method, name, n, range(2), "--precision", "bf16", "--accum", str(accum))
     torch.cuda.reset_peak_memory_stats()
     try:
-        lone_loop(*args)[0]()
+        main()
         return torch.cuda.max_memory_allocated()
     except torch.OutOfMemoryError:
         return math.inf
     finally:
+        del main
         gc.collect()
         torch.cuda.empty_cache()
 
 def sizes(name):
-    """Parameters of a model and of its image tower, operations for an image's features, crop."""
+    """Return the parameters of a model, those of its image tower, the operations for the features
+    of an image, and the crop for training."""
     with without_data(common, "meta"), FlopCounterMode(display=False) as counter:
         model, crop, *_ = common.load_model(name, "")
         common.encode_image(model, torch.zeros(1, 3, *crop.size, device="meta"))
-    P, V = (sum(p.numel() for p in part.parameters()) for part in (model, model.visual))
+    P = sum(p.numel() for p in model.parameters())
+    V = sum(p.numel() for p in model.visual.parameters())
     return P, V, counter.get_total_flops(), crop
 
 def print_memory(name, n, measure):
-    """GiB of a step on n images: `activations`, and in float32 the weights, those of a teacher or
-    an untuned model, the gradients and two moments. With `measure` what CUDA gave out as well."""
+    """Print the GiB of a step on n images: `activations`, and in float32 the weights, those of a
+    teacher or an untuned model, the gradients and two moments. With `measure`, print what CUDA gave
+    out as well."""
     P, V, *_ = sizes(name)
-    fixed = {"FT": 4 * P + 12 * V, "CAR-FT": 8 * P + 12 * V, "CaRot": 20 * P}
-    print(f"\n{name}, GiB for {n} images in bf16, counted{' (measured)' * measure}\n{'':<32}"
-          + "".join(f"{method:>15}" for method in METHODS))
-    for flag in ("--accum 1", "--accum 2", "--accum 4", "--accum 16",
-                 "--accum 1 --grad-checkpointing", "--accum 4 --grad-checkpointing"):
-        cells, (_, accum, *given) = [], flag.split()
+    both_models = 8 * P                                     # the second one even where it is unused
+    fixed = {
+        "FT": both_models + 12 * V,
+        "CAR-FT": both_models + 12 * V,
+        "FLYP": both_models + 12 * P,
+        "CaRot": both_models + 12 * P,
+        "ARF": 16 * P}
+    same_activations = {"CAR-FT": "FT", "CaRot": "FLYP"}    # what lacks a gradient is not held
+    title = f"{name}, GiB for {n} images in bf16, counted"
+    if measure:
+        title += " (measured)"
+    print(f"\n{title}\n{'':<12}", *(f"{method:>15}" for method in METHODS), sep="")
+    for accum in (1, 2, 4, 8, 16):
+        held = {}
+        line = f"--accum {accum:<4}"
         for method in METHODS:
-            if method not in ("CAR-FT", "CaRot"):           # they hold what FT and FLYP hold
-                held = activations(method, name, n, int(accum), *given)
-            cells.append(f"{(held + fixed.get(method, 16 * P)) / 2 ** 30:.1f}")
+            if method in same_activations:
+                held[method] = held[same_activations[method]]
+            else:
+                held[method] = activations(method, name, n, accum)
+            cell = f"{(held[method] + fixed[method]) / 2 ** 30:.1f}"
             if measure:
-                peak = measured(method, name, n, range(2), "--precision", "bf16", *flag.split())
-                cells[-1] += f" ({peak / 2 ** 30:.1f})"
-        print(f"{flag:<32}", *(f"{cell:>15}" for cell in cells), sep="", flush=True)
+                cell += f" ({measured(method, name, n, accum) / 2 ** 30:.1f})"
+            line += f"{cell:>15}"
+        print(line, flush=True)
 
 def bench_memory(args):
-    for name in ([args.model] if args.model else
-                 ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-L-14-quickgelu")):
-        print_memory(name, args.batch_size or 512, GPU)
+    names = ["ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-L-14-quickgelu"]
+    if args.model:
+        names = [args.model]
+    for name in names:
+        print_memory(name, args.batch_size or 512, measure=GPU)
 
 def bench_plan(args):
-    """Computed, but for the rate of decoding. ImageNet has 1,281,167 training images, and 166,963
-    are scored: val, V2, R, A, Sketch, and those of ObjectNet that are of its classes."""
-    name, gpus, N = args.model or "ViT-B-16-quickgelu", args.gpus, args.batch_size or 512
-    (P, V, forward, crop), photos, rows = sizes(name), write_photos(), []
+    """Compute all but the rate of decoding. ImageNet has 1,281,167 training images, and 166,963 are
+    scored: val, V2, R, A, Sketch, and those of ObjectNet that are of its classes."""
+    name = args.model or "ViT-B-16-quickgelu"
+    N = args.batch_size or 512
+    gpus = args.gpus
+    P, V, forward, crop = sizes(name)
+    bf16 = 0.45 * 989e12 * gpus                             # operations a second
+    fp32 = 0.75 * 67e12 * gpus
+    photos = write_photos()
     torch.set_num_threads(1)
     core = 64 / take_turns(args.rounds, partial(load_all, photos, crop, read_image))[0]
-    print_memory(name, N // gpus, False)
+    print_memory(name, N // gpus, measure=False)
+
+    rows = {}                                               # {what: one number for each method}
     for method in METHODS:
-        flop, again = operations(method, name), operations(method, name, "--accum", "2")
-        rate = 0.45 * 989e12 * gpus / flop                  # images/s
-        load, trained = rate * (1 + (method == "ARF")), V if "FT" in method else P
-        rows.append((N * flop / 1e12, N * again / 1e12, 1_281_167 / rate, load, load / core / gpus,
-                     8 * trained * (gpus - 1) / gpus / 1e9))
+        flop = operations(method, name, N)
+        trained = V if method in ("FT", "CAR-FT") else P
+        images_a_step = 2 * N if method == "ARF" else N     # it loads pairs as well
+        rate = bf16 / flop                                  # steps a second
+        column = {
+            "TFLOP a step": flop / 1e12,
+            "TFLOP a step with --accum": operations(method, name, N, "--accum", "2") / 1e12,
+            "seconds an epoch, ImageNet": 1_281_167 / N / rate,
+            "images/s to load": images_a_step * rate,
+            "workers a GPU for that": images_a_step * rate / core / gpus,
+            "GB a step sent by a GPU": 8 * trained * (gpus - 1) / gpus / 1e9}
+        for what, number in column.items():
+            rows.setdefault(what, []).append(number)
     print(f"\n{gpus} H100s, {N} images a step; bf16 at 45 % of 989 TFLOP/s, float32 at 75 % of 67; "
           f"a core decodes and crops {core:.0f} images/s")
-    for what, row in zip(("TFLOP a step", "TFLOP a step with --accum", "seconds an epoch, ImageNet",
-                          "images/s to load", "workers a GPU for that", "GB a step sent by a GPU"),
-                         zip(*rows)):
-        print(f"{what:<32}", *(f"{x:>15,.{1 if x < 100 else 0}f}" for x in row), sep="")
-    fp32, bf16 = (166_963 * forward / r / gpus for r in (0.75 * 67e12, 0.45 * 989e12))
-    print(f"seconds to score val and five shifts, twice a run: {fp32:.1f} in float32, as we do, "
-          f"{bf16:.1f} in bf16; on one GPU {fp32 * gpus:.0f} and {bf16 * gpus:.0f}")
+    for what, numbers in rows.items():
+        digits = 1 if max(numbers) < 100 else 0
+        print(f"{what:<32}", *(f"{number:>15,.{digits}f}" for number in numbers), sep="")
+    work = 166_963 * forward
+    print(f"seconds to score val and five shifts, twice a run: {work / fp32:.1f} in float32, as we "
+          f"do, {work / bf16:.1f} in bf16; on one GPU {work / fp32 * gpus:.0f} and "
+          f"{work / bf16 * gpus:.0f}")
 
-# ---- images, heads, scores -----------------------------------------------------------------------
+# ---- images, heads, file names -------------------------------------------------------------------
 def write_photos():
-    """64 JPEGs of 500 x 375 pixels, as ImageNet's, of some texture, in a ROOT; their ImageSet."""
-    coarse = torch.randint(256, (64, 3, 24, 32), generator=torch.Generator().manual_seed(0)).float()
+    """Write a ROOT of 64 JPEGs of some texture, 500 x 375 pixels as ImageNet's, and return them as
+    an ImageSet."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(256, (64, 3, 24, 32), generator=generator).float()
     for i, x in enumerate(F.interpolate(coarse, (375, 500), mode="bicubic")):
         x = (x + 8 * torch.randn(x.shape)).clamp(0, 255).byte()
         os.makedirs(f"{OUT}/photos/train/{i % 2}", exist_ok=True)
@@ -209,18 +281,25 @@ def load_all(photos, crop, read):
 
 def bench_input(args):
     torch.set_num_threads(1)
-    photos, (_, crop, _, _) = write_photos(), common.load_model("ViT-B-16", "")
+    photos = write_photos()
+    _, crop, *_ = common.load_model("ViT-B-16", "")
     _, peer, _ = open_clip.create_model_and_transforms("ViT-B-16", aug_cfg={"scale": (0.9, 1.0)})
     compare("500 x 375 JPEGs to 224 crops, one core", 64, args.rounds,
             ours=partial(load_all, photos, crop, read_image),
             open_clip=partial(load_all, photos, peer, Image.open))
 
 def bench_loader(args):
-    photos, (_, crop, _, _) = write_photos(), common.load_model("ViT-B-16", "")
-    for workers in [w for w in (0, 1, 2, 4, 8, 16) if w <= os.cpu_count()]:
-        loader = common.train_loader(photos, crop, flags(workers=workers), 0, 10 * args.rounds + 10)
-        list(itertools.islice(loader, 10))                  # until the workers are up
-        start, count = clock(), sum(len(images) for images, *_ in loader)
+    photos = write_photos()
+    _, crop, *_ = common.load_model("ViT-B-16", "")
+    for workers in (0, 1, 2, 4, 8, 16):
+        if workers > os.cpu_count():
+            break
+        total = 10 + 10 * args.rounds
+        batches = common.train_loader(photos, crop, flags(workers=workers), 0, total)
+        for _ in itertools.islice(batches, 10):             # until the workers are up
+            pass
+        start = clock()
+        count = sum(len(images) for images, *_ in batches)
         print(f"loader, {workers} workers: {count / (clock() - start):.0f} a second", flush=True)
 
 def bench_head(args):
@@ -231,20 +310,25 @@ def bench_head(args):
             ours=partial(common.text_embeddings, model, tokenizer, *texts),
             open_clip=partial(peer, model, tokenizer, *texts))
 
-def bench_index(args):
-    """ROOT has 1000 classes of 1281 empty files."""
-    for k in range(1000) if not os.path.isdir(f"{OUT}/index/train/n00000999") else ():
-        for part, count in (("val", 1), ("train", 1281)):
+def write_index():
+    """Write a ROOT of 1000 classes: 1281 empty files of each in train, one in val."""
+    for part, count in (("val", 1), ("train", 1281)):
+        for k in range(1000):
             folder = Path(OUT, "index", part, f"n{k:08d}")
             folder.mkdir(parents=True, exist_ok=True)
             for i in range(count):
                 (folder / f"{folder.name}_{i}.JPEG").touch()
+
+def bench_index(args):
+    if not os.path.isdir(f"{OUT}/index/train/n00000999"):
+        write_index()
     compare("of 1,281,000 files", 1281e3, min(args.rounds, 3),
             ours=partial(common.read_data, flags(f"{OUT}/index")),
             ImageFolder=partial(torchvision.datasets.ImageFolder, f"{OUT}/index/train"))
 
-if __name__ == "__main__":
-    benches = {name[6:]: f for name, f in list(globals().items()) if name.startswith("bench_")}
+def main():
+    benches = {name.removeprefix("bench_"): function for name, function in globals().items()
+               if name.startswith("bench_")}
     parser = argparse.ArgumentParser(usage=__doc__)
     add = parser.add_argument
     add("what", choices=list(benches), nargs="+")
@@ -258,3 +342,6 @@ if __name__ == "__main__":
     print(system(), flush=True)
     for what in args.what:
         benches[what](args)
+
+if __name__ == "__main__":
+    main()

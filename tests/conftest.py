@@ -2,6 +2,7 @@
 """Tiny roots and tiny CLIPs for the tests."""
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,23 +29,28 @@ VISION = {
 CLASSES = ["ant", "bee", "cat", "dog", "sea_eel"]
 BASE = "--batch-size 8 --lr 1e-3 --warmup 2 --epochs 100 --workers 0 --log-every 1".split()
 
-def write_clip(path, kind="vit", seed=0, custom_text=False):
-    """Write a random CLIP as a local-dir; its name for --model."""
-    model = {"embed_dim": 64 if kind == "attention-pool" else 24, "vision_cfg": VISION[kind],
-             "text_cfg": TEXT, "custom_text": custom_text}
+def write_clip(path, kind="vit", seed=0, custom_text=False, tau=None):
+    """Write a random CLIP as a local-dir, and return its name for --model. tau is its temperature,
+    exp(logit_scale); None: open_clip's 1 / 0.07."""
+    config = {"embed_dim": 24, "vision_cfg": VISION[kind], "text_cfg": TEXT,
+              "custom_text": custom_text}
+    if kind == "attention-pool":
+        config["embed_dim"] = 64
     os.makedirs(path, exist_ok=True)
-    about = {"model_cfg": model, "preprocess_cfg": {"size": VISION[kind]["image_size"]}}
+    about = {"model_cfg": config, "preprocess_cfg": {"size": VISION[kind]["image_size"]}}
     Path(path, "open_clip_config.json").write_text(json.dumps(about))
     torch.manual_seed(seed)
     model = open_clip.create_model(f"local-dir:{path}", load_weights=False)
     for p in model.parameters():                            # layers of zeros would hide faults
         if p.ndim > 0 and not p.detach().any():
             torch.nn.init.normal_(p, std=0.1)
+    if tau is not None:
+        torch.nn.init.constant_(model.logit_scale, math.log(tau))
     save_file(model.state_dict(), f"{path}/open_clip_model.safetensors")
     return f"local-dir:{path}"
 
 def write_images(folder, classes, count=3, seed=0, size=(40, 36)):
-    """Write folder/<class>/<i>.png, each class in a colour of its own."""
+    """Write folder/<class>/<i>.png of size (H, W), each class in a colour of its own."""
     rng = np.random.default_rng(seed)
     for k, c in enumerate(classes):
         os.makedirs(os.path.join(folder, c), exist_ok=True)
@@ -53,50 +59,58 @@ def write_images(folder, classes, count=3, seed=0, size=(40, 36)):
             Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(f"{folder}/{c}/{i}.png")
 
 def argv(root, model, out, *flags, steps=4):
+    """Return the flags of a run of a few steps on a tiny root, by BASE's recipe."""
     return ["--data", str(root), "--model", model, "--out", str(out), "--max-steps", str(steps),
             *BASE, *flags]
 
 def parse(*flags):
-    """The flags of a training script with BASE's recipe, as its main() has them."""
+    """Return the args of a training script with BASE's recipe, as its main() has them."""
     parser = common.make_train_parser("test", "about", "out", 1e-3)
     return common.fill_in(*common.given_flags(parser, [*BASE, *flags]))
 
 def run(script, root, model, out, *flags, steps=4):
-    """Run a few steps of a script on a tiny root; its results.json."""
+    """Run a few steps of a script on a tiny root, and return its results.json."""
     script.main(argv(root, model, out, *flags, steps=steps))
     return common.read_json(f"{out}/results.json")
 
 def weights(out, which="model"):
+    """Return {name: tensor} of the model that a run exported."""
     return load_file(f"{out}/{which}/open_clip_model.safetensors")
 
 def log(out, epochs=False):
-    """The step lines of log.jsonl without their timings; with `epochs` those of val instead."""
+    """Return the lines of log.jsonl without their timings: those of steps, or those of val."""
     lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    lines = [x for x in lines if ("val_top1" in x) == epochs]
-    return [{k: x[k] for k in x if k != "images_per_s"} for x in lines]
+    lines = [line for line in lines if ("val_top1" in line) == epochs]
+    return [{k: line[k] for k in line if k != "images_per_s"} for line in lines]
 
 def environment():
-    threads = str(torch.get_num_threads())                  # as here: they decide on rounding
+    """Return the environment of a process that rounds as this one does: on as many threads."""
+    threads = str(torch.get_num_threads())
     return {**os.environ, "OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
 
 def torchrun(n):
-    """The command that starts n processes of a script."""
+    """Return the command that starts n processes of a script."""
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n),
             "--master_port", str(20000 + os.getpid() % 20000)]
 
-def assert_processes_are_one(script, root, model, tmp_path, *flags, steps=5):
-    """Two processes of torchrun have the gradients, the losses and the table of one process at the
-    same global batch. The command of the two, whose files are in tmp_path / "two"."""
+def assert_processes_are_one(script, root, model, tmp_path, *flags, steps=5, program=None):
+    """Assert that two processes of torchrun have the gradients, the losses and the table of one
+    process at the same global batch. Return the command of the two, whose --out is
+    tmp_path / "two". program is a file to run instead of the script's own."""
+    if program is None:
+        program = f"{REPO}/{script.__name__}.py"
     run(script, root, model, tmp_path / "one", *flags, steps=steps)
-    command = [*torchrun(2), f"{REPO}/{script.__name__}.py",
-               *argv(root, model, tmp_path / "two", *flags, steps=steps)]
+    arguments = argv(root, model, tmp_path / "two", *flags, steps=steps)
+    command = [*torchrun(2), program, *arguments]
     subprocess.run(command, env=environment(), check=True)
-    lines, tables, averages = [], [], []
+    lines = []
+    tables = []
+    averages = []                                           # Adam's, over all steps' gradients
     for out in (tmp_path / "one", tmp_path / "two"):
         lines.append(log(out) + log(out, epochs=True))
         tables.append(common.read_json(out / "results.json")["sets"])
         state = torch.load(out / "last.pt", weights_only=True)["optimizer"]["state"]
-        averages.append([state[k]["exp_avg"] for k in state])           # of all steps' gradients
+        averages.append([state[k]["exp_avg"] for k in state])
     for a, b in zip(*lines, strict=True):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
     for name, s in tables[0].items():
@@ -109,21 +123,23 @@ def assert_processes_are_one(script, root, model, tmp_path, *flags, steps=5):
     return command
 
 def assert_same_run(a, b, *exports):
-    """Two runs have the same losses, scores of each epoch, results and exported weights."""
-    assert log(a) == log(b) and log(a, epochs=True) == log(b, epochs=True)
+    """Assert that two runs have the same log, results and exported weights, bit for bit."""
+    assert log(a) == log(b)
+    assert log(a, epochs=True) == log(b, epochs=True)
     assert common.read_json(f"{a}/results.json") == common.read_json(f"{b}/results.json")
     for which in ("model", *exports):
-        x, y = weights(a, which), weights(b, which)
-        assert all(torch.equal(x[k], y[k]) for k in x)
+        ours = weights(a, which)
+        theirs = weights(b, which)
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
-    """clip(kind, custom_text=...) -> name of a tiny random CLIP."""
+    """Return clip(kind, ...), which returns the name of a tiny random CLIP of write_clip's."""
     return functools.cache(lambda *a, **kw: write_clip(tmp_path_factory.mktemp("clip"), *a, **kw))
 
 @pytest.fixture(scope="session")
 def tiny_root(tmp_path_factory):
-    """A ROOT of five classes: train, val, a shift, one of some classes, and a set of others."""
+    """Write a ROOT of five classes: train, val, a shift, one of some classes, a set of others."""
     root = str(tmp_path_factory.mktemp("tiny") / "root")
     write_images(f"{root}/train", CLASSES, 8, 1)
     write_images(f"{root}/val", CLASSES, 3, 2)
@@ -135,7 +151,7 @@ def tiny_root(tmp_path_factory):
 
 @pytest.fixture
 def captions(tmp_path):
-    """Captions of the training images: two of the first of each class, one of the others."""
+    """Write captions of the training images: two of the first of each class, one of the others."""
     rows = [f"{c}/{i}.png\tone {c} number {i} in the garden" for c in CLASSES for i in range(8)]
     rows += [f"{c}/0.png\tanother view of the {c}" for c in CLASSES]
     (tmp_path / "captions.tsv").write_text("\ntrain/".join(["path\tcaption", *rows]) + "\n")
@@ -143,7 +159,7 @@ def captions(tmp_path):
 
 @pytest.fixture
 def pool(tmp_path):
-    """23 pairs in a TSV."""
+    """Write a pool of 23 image-text pairs as a TSV, and return its path."""
     write_images(tmp_path / "pool", ["p"], 23, seed=9)
     path = tmp_path / "pool" / "pool.tsv"
     path.write_text("path\ttext\n" + "".join(f"p/{i}.png\tpool picture {i}\n" for i in range(23)))

@@ -7,8 +7,8 @@ the learning rate 3e-4, over the seeds. Every run is a script's own, in a proces
     python tests/evidence.py corrupt --root ROOT --cifar SETS/cifar10 --unseen PACS/cartoon
 
 WiSE-FT's curves come with the tables, and the pictures with --figures. `corrupt` writes a ROOT
-whose shifts are corruptions of its val. Finished runs are kept in --out and not repeated; --jobs of
-them go on at once, one thread each.
+whose shifts are corruptions of its val. Finished runs are kept in --out and are not repeated.
+--jobs of them run at once, on one thread each.
 """
 import argparse
 import concurrent.futures
@@ -47,103 +47,154 @@ CORRUPTIONS = {
 
 # ---- runs ----------------------------------------------------------------------------------------
 def run(args, name, command):
-    """Run [script, flag, ...] in --out/<name>, unless that is finished; its results.json."""
+    """Run [script, flag, ...] in --out/<name>, unless it has finished, and return its
+    results.json."""
     out = Path(args.out, name)
     if not out.is_dir():
         out.mkdir(parents=True)
         (out / "command.json").write_text(json.dumps(command))
     if json.loads((out / "command.json").read_text()) != command:
-        sys.exit(f"error: {out} holds a run of another command; give another --out, or remove it")
-    if set(common.read_json(out / "results.json")) <= {"zero_shot"}:        # not finished
-        done = subprocess.run([sys.executable, f"{command[0]}.py", *command[1:], "--out", str(out)],
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=REPO,
-                              capture_output=True)
+        common.fail(f"{out} holds a run of another command; give another --out, or remove it")
+    results = common.read_json(out / "results.json")
+    if set(results) <= {"zero_shot"}:                       # it has not finished
+        script, *flags = command
+        done = subprocess.run(
+            [sys.executable, f"{script}.py", *flags, "--out", str(out)], cwd=REPO,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
         if done.returncode:
             sys.exit(f"error: {name} failed: {done.stderr.decode()[-2000:]}")
         (out / "last.pt").unlink(missing_ok=True)           # the largest file, of no more use
         print(f"  {name}", file=sys.stderr)
-    return common.read_json(out / "results.json")
+        results = common.read_json(out / "results.json")
+    return results
 
 def run_all(args, commands):
-    """{name: command} -> {name: results}, --jobs at a time."""
+    """Run {name: command}, --jobs at a time, and return {name: results}."""
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        return dict(zip(commands, pool.map(partial(run, args), commands, commands.values())))
+        results = pool.map(partial(run, args), commands, commands.values())
+        return dict(zip(commands, results))
 
 def score(results, name, measure):
-    return (results["shift_mean"] if name == "shift mean" else results["sets"][name])[measure]
+    """Return one number of a summary: that of a set, or of the mean over the shifts."""
+    if name == "shift mean":
+        return results["shift_mean"][measure]
+    return results["sets"][name][measure]
 
 # ---- tables --------------------------------------------------------------------------------------
 def cell(values, form=".1f"):
-    """Mean ± standard deviation of fractions, as text in percent."""
-    error = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):{form}}" + error
+    """Return the mean ± standard deviation of fractions, as text in percent."""
+    text = f"{100 * np.mean(values):{form}}"
+    if len(values) > 1:
+        text += f" ± {100 * np.std(values, ddof=1):.1f}"
+    return text
 
 def markdown(head, rows):
-    print("| | " + " | ".join(head) + " |\n|" + "---|" * (len(head) + 1))
+    """Print a table, {name: cells}."""
+    print("| | " + " | ".join(head) + " |")
+    print("|" + "---|" * (len(head) + 1))
     for name, cells in rows.items():
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 def claims(rows, measures):
-    """Print the papers' claims, differences by seed. rows: {method: {measure: values by seed}}."""
+    """Print the papers' claims as differences by seed. rows is {method: {measure: values by
+    seed}}."""
     print("\nDifferences by seed:\n")
     shown = {}
-    for a, b in BASELINES.items():
-        for measure in measures if a in rows else ():       # without a pool there is no ARF
-            d = rows[a][measure] - rows[b][measure]
-            better = (d < 0).sum() if measure.endswith("ece") else (d > 0).sum()
-            shown.setdefault(f"{a} over {b}", []).append(
-                f"{cell(d, '+.1f')}, better in {better} of {len(d)}")
+    for method, baseline in BASELINES.items():
+        if method not in rows:                              # without a pool there is no ARF
+            continue
+        cells = []
+        for measure in measures:
+            d = rows[method][measure] - rows[baseline][measure]
+            better = (d > 0).sum()
+            if measure.endswith("ece"):                     # lower is better
+                better = (d < 0).sum()
+            cells.append(f"{cell(d, '+.1f')}, better in {better} of {len(d)}")
+        shown[f"{method} over {baseline}"] = cells
     markdown(measures, shown)
 
+def wise_curves(args, methods, zero_shot, results, data):
+    """Return WiSE-FT's curve of each method, {method: [results by seed] by weight of the tuned
+    model}, from 0, the untuned model, to 1, the tuned ones."""
+    curves = {}
+    for method in methods:
+        names = [f"{method}-{seed}" for seed in range(args.seeds)]
+        folders = [f"{args.out}/{name}" for name in names]
+        mixed = run(args, f"wise-{method}-{args.seeds}", [
+            "evaluate", *data, "--workers", "0", "--wise", *WEIGHTS, "--model", *folders])
+        points = [[zero_shot]]
+        for weight in WEIGHTS:
+            points.append([r for r in mixed.values() if r["alpha"] == float(weight)])
+        points.append([results[name] for name in names])
+        curves[method] = points
+    return curves
+
 def report(args, commands, data):
-    """Run {method: [script, flag, ...]} with every seed; print the tables. data: --data ROOT."""
+    """Run {method: [script, flag, ...]} with every seed, and print the tables. data is the --data
+    of evaluate.py: ["--data", ROOT], or nothing for the toy, as the runs name it."""
     seeds = range(args.seeds)
-    results = run_all(args, {f"{m}-{s}": [c[0], "--seed", str(s), *c[1:]]
-                             for s in seeds for m, c in commands.items()})
+    seeded = {}
+    for seed in seeds:
+        for method, (script, *flags) in commands.items():
+            seeded[f"{method}-{seed}"] = [script, "--seed", str(seed), *flags]
+    results = run_all(args, seeded)
     zero_shot = next(iter(results.values()))["zero_shot"]
-    sets = [*zero_shot["sets"], "shift mean"]
-    rows = {m: {f"{k} {x}": np.array([score(results[f"{m}-{s}"], k, x) for s in seeds])
-                for x in ("top1", "ece") for k in sets} for m in commands}
-    for x in ("top1", "ece"):
-        print(f"\n{x}, {args.seeds} seeds:\n")
-        markdown(sets, {"zero-shot": [cell([score(zero_shot, k, x)]) for k in sets],
-                        **{m: [cell(rows[m][f"{k} {x}"]) for k in sets] for m in commands}})
-    new = [k for k, r in zero_shot["sets"].items() if r["head"] == "zero-shot"]
-    claims(rows, [f"{k} {x}" for k in ("val", "shift mean", *new) for x in ("top1", "ece")])
+    names = [*zero_shot["sets"], "shift mean"]
+    rows = {}                                               # {method: {measure: values by seed}}
+    for method in commands:
+        rows[method] = {}
+        for measure in ("top1", "ece"):
+            for name in names:
+                values = [score(results[f"{method}-{seed}"], name, measure) for seed in seeds]
+                rows[method][f"{name} {measure}"] = np.array(values)
+    for measure in ("top1", "ece"):
+        print(f"\n{measure}, {args.seeds} seeds:\n")
+        shown = {"zero-shot": [cell([score(zero_shot, name, measure)]) for name in names]}
+        for method in commands:
+            shown[method] = [cell(rows[method][f"{name} {measure}"]) for name in names]
+        markdown(names, shown)
+    others = [name for name, r in zero_shot["sets"].items() if r["head"] == "zero-shot"]
+    claims(rows, [f"{name} {measure}" for name in ("val", "shift mean", *others)
+                  for measure in ("top1", "ece")])
 
     print("\nWiSE-FT by weight of the tuned: top-1 of val / shifts / their ECE / top-1 of others\n")
-    curves = {}                                             # {method: [results by seed] by weight}
-    for m in commands:
-        runs = [f"{args.out}/{m}-{s}" for s in seeds]
-        mixed = run(args, f"wise-{m}-{args.seeds}", [
-            "evaluate", *data, "--workers", "0", "--wise", *WEIGHTS, "--model", *runs]).values()
-        curves[m] = [[zero_shot], *([r for r in mixed if r["alpha"] == float(w)] for w in WEIGHTS),
-                     [results[f"{m}-{s}"] for s in seeds]]
-    shown = [("val", "top1"), ("shift mean", "top1"), ("shift mean", "ece"), *(
-        (k, "top1") for k in new)]
-    markdown(["0", *WEIGHTS, "1"], {m: [" / ".join(
-        f"{100 * np.mean([score(r, *of) for r in point]):.1f}" for of in shown)
-        for point in curves[m]] for m in curves})
+    curves = wise_curves(args, commands, zero_shot, results, data)
+    measures = [("val", "top1"), ("shift mean", "top1"), ("shift mean", "ece")]
+    measures += [(name, "top1") for name in others]
+    shown = {}
+    for method, points in curves.items():
+        shown[method] = []
+        for point in points:
+            means = [100 * np.mean([score(r, *measure) for r in point]) for measure in measures]
+            shown[method].append(" / ".join(f"{mean:.1f}" for mean in means))
+    markdown(["0", *WEIGHTS, "1"], shown)
     if args.figures:
         draw(args, curves, data)
 
 def toy(args):
+    """Run the methods on the toy."""
     the_toy.build()                                         # once, and not by every job
     report(args, METHODS, [])
 
 def root(args):
-    steps = args.epochs * sum(len(f) for *_, f in os.walk(f"{args.root}/train", followlinks=True))
-    steps, data = steps // 64, ["--data", args.root]
-    own = {"CaRot": ["--ema-every", str(steps // 50)], "ARF": ["--pool", args.pool]}
+    """Run the methods on --root, with a recipe for its number of images."""
+    n = sum(len(files) for *_, files in os.walk(f"{args.root}/train", followlinks=True))
+    steps = args.epochs * n // 64
+    data = ["--data", args.root]
     recipe = ["--model", args.model, "--batch-size", "64", "--epochs", str(args.epochs), "--lr",
               args.lr, "--warmup", str(steps // 10), "--workers", "0", "--save-every", "100000"]
-    report(args, {m: [*METHODS[m], *own.get(m, []), *recipe, *data]
-                  for m in METHODS if m != "ARF" or args.pool}, data)
+    of_method = {"CaRot": ["--ema-every", str(steps // 50)], "ARF": ["--pool", args.pool]}
+    commands = {}
+    for method, command in METHODS.items():
+        if method == "ARF" and not args.pool:
+            continue
+        commands[method] = [*command, *of_method.get(method, []), *recipe, *data]
+    report(args, commands, data)
 
 # ---- a world, and pictures -----------------------------------------------------------------------
 def corrupt(args):
-    """ROOT: train and val are links to a set's train and test, --unseen a link, each shift a copy
-    of val with one of CORRUPTIONS."""
+    """Write ROOT: train and val are links to a set's train and test, unseen is a link to --unseen,
+    and each shift is a copy of val with one of CORRUPTIONS."""
     targets = {"train": f"{args.cifar}/train", "val": f"{args.cifar}/test", "unseen": args.unseen}
     for name, target in targets.items():
         if target and not Path(args.root, name).exists():
@@ -151,40 +202,63 @@ def corrupt(args):
             Path(args.root, name).symlink_to(os.path.abspath(target))
     for i, file in enumerate(sorted(Path(args.cifar, "test").glob("*/*"))):
         for name, change in CORRUPTIONS.items():
+            folder = Path(args.root, name, file.parent.name)
+            folder.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(i)
-            Path(args.root, name, file.parent.name).mkdir(parents=True, exist_ok=True)
             x = change(decode_image(str(file)))
-            write_png(x, f"{args.root}/{name}/{file.parent.name}/{file.stem}.png")
+            write_png(x, f"{folder}/{file.stem}.png")
+
+def stat(point, name, measure):
+    """Return mean and standard error over the seeds' results, in percent."""
+    values = [100 * score(r, name, measure) for r in point]
+    return np.mean(values), np.std(values) / max(1, len(values) - 1) ** 0.5
 
 def draw(args, curves, data):
     """Write robustness.png, curves and ECE, and reliability.png, of seed 0 on the first shift."""
     import matplotlib.pyplot as plt
     plt.switch_backend("Agg")
-    colours = dict(zip(METHODS, ("#666666", "#0072b2", "#e69f00", "#009e73", "#cc79a7")))
-
-    def stat(point, name, measure):
-        """Mean and standard error over seeds, in percent."""
-        values = [100 * score(r, name, measure) for r in point]
-        return np.mean(values), np.std(values) / max(1, len(values) - 1) ** 0.5
-    Path(args.figures).mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4), width_ratios=[3, 2],
-                                         layout="constrained")
-    zero_shot, height = next(iter(curves.values()))[0], 0   # of the label last written, upwards
-    for m in sorted(curves, key=lambda m: stat(curves[m][-1], "shift mean", "top1")):
-        points = curves[m]
-        x, y = ([stat(point, name, "top1") for point in points] for name in ("val", "shift mean"))
-        left.plot(*([mean for mean, _ in axis] for axis in (x, y)), "o-", markersize=4,
-                  color=colours[m])
-        left.errorbar(x[-1][0], y[-1][0], y[-1][1], x[-1][1], capsize=3, color=colours[m])
+    Path(args.figures).mkdir(parents=True, exist_ok=True)
+    zero_shot = next(iter(curves.values()))[0]
+    draw_robustness(plt, args, curves, zero_shot)
+
+    folders = {method: f"{args.out}/{method}-0" for method in ("FLYP", "CaRot")}
+    predictions = f"{args.out}/predictions"
+    run(args, "predict", ["evaluate", *data, "--workers", "0", "--predictions", predictions,
+                          "--model", *folders.values()])
+    of_train = {name: r for name, r in zero_shot[0]["sets"].items() if r["head"] != "zero-shot"}
+    shift = next(name for name in of_train if name not in ("val", "test"))
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 4), layout="constrained")
+    for axis, (method, folder) in zip(axes, folders.items()):
+        file = f"{evaluate.filename(folder)}/{evaluate.filename(shift)}.npz"
+        found = np.load(f"{predictions}/{file}")
+        correct = found["prediction"] == found["label"]
+        evaluate.reliability(axis, found["confidence"], correct, f"{method} on {shift}")
+    figure.savefig(f"{args.figures}/reliability.png", dpi=100)
+
+def draw_robustness(plt, args, curves, zero_shot):
+    """Write robustness.png. zero_shot is the point at which every curve starts."""
+    colours = dict(zip(METHODS, ("#666666", "#0072b2", "#e69f00", "#009e73", "#cc79a7")))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 4.4), width_ratios=[3, 2], layout="constrained")
+    height = 0                                              # of the label last written, upwards
+    for method in sorted(curves, key=lambda m: stat(curves[m][-1], "shift mean", "top1")):
+        points = curves[method]
+        colour = colours[method]
+        x = [stat(point, "val", "top1") for point in points]
+        y = [stat(point, "shift mean", "top1") for point in points]
+        left.plot([mean for mean, _ in x], [mean for mean, _ in y], "o-", markersize=4,
+                  color=colour)
+        left.errorbar(x[-1][0], y[-1][0], y[-1][1], x[-1][1], capsize=3, color=colour)
         height = max(height + 0.8, y[-1][0] - 0.2)
-        left.text(x[-1][0] + 0.8, height, m, color=colours[m], weight="bold")
-    for m in curves:
-        mean, error = stat(curves[m][-1], "shift mean", "ece")
-        right.barh(m, mean, xerr=error, color=colours[m], capsize=3)
-    corner = stat(zero_shot, "val", "top1")[0], stat(zero_shot, "shift mean", "top1")[0]
-    left.plot(*corner, "k*", markersize=14)
-    left.text(corner[0] + 0.2, corner[1] - 1, "zero-shot", weight="bold")
+        left.text(x[-1][0] + 0.8, height, method, color=colour, weight="bold")
+    for method, points in curves.items():
+        mean, error = stat(points[-1], "shift mean", "ece")
+        right.barh(method, mean, xerr=error, color=colours[method], capsize=3)
+    x, _ = stat(zero_shot, "val", "top1")
+    y, _ = stat(zero_shot, "shift mean", "top1")
+    left.plot(x, y, "k*", markersize=14)
+    left.text(x + 0.2, y - 1, "zero-shot", weight="bold")
     left.set(xlabel="top-1 on val (%)", ylabel="top-1, mean of the shifts (%)",
              title="mixing tuned and untuned weights (WiSE-FT)")
     left.margins(x=0.15)
@@ -192,18 +266,6 @@ def draw(args, curves, data):
     right.invert_yaxis()
     right.set(xlabel="ECE, mean of the shifts (%)", title="calibration, lower is better")
     figure.savefig(f"{args.figures}/robustness.png", dpi=100)
-
-    runs, predictions = [f"{args.out}/{m}-0" for m in ("FLYP", "CaRot")], f"{args.out}/predictions"
-    run(args, "predict", ["evaluate", *data, "--workers", "0", "--predictions", predictions,
-                          "--model", *runs])
-    shift = next(k for k, r in zero_shot[0]["sets"].items() if k not in ("val", "test") and
-                 r["head"] != "zero-shot")
-    figure, axes = plt.subplots(1, 2, figsize=(8.5, 4), layout="constrained")
-    for axis, m, out in zip(axes, ("FLYP", "CaRot"), runs):
-        found = np.load(f"{predictions}/{evaluate.filename(out)}/{shift}.npz")
-        correct = found["prediction"] == found["label"]
-        evaluate.reliability(axis, found["confidence"], correct, f"{m} on {shift}")
-    figure.savefig(f"{args.figures}/reliability.png", dpi=100)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=__doc__)
@@ -221,8 +283,12 @@ if __name__ == "__main__":
     add("--cifar", help="corrupt: what tests/folders.py makes of cifar10")
     add("--unseen", help="corrupt: an image folder of other classes")
     args = parser.parse_args()
-    if args.seeds < 2 or args.what in ("root", "corrupt") and not args.root:
-        parser.error("--seeds is two at least; root and corrupt need --root")
-    args.out = os.path.abspath(args.out or f"{REPO}/out/evidence/{args.what}")
+    if args.seeds < 2:
+        parser.error("--seeds is two at least")
+    if args.what != "toy" and not args.root:
+        parser.error("root and corrupt need --root")
+    if not args.out:
+        args.out = f"{REPO}/out/evidence/{args.what}"
+    args.out = os.path.abspath(args.out)
     print(f"{args.what}; mean ± standard deviation in percent; {system()}\n")
     globals()[args.what](args)

@@ -54,46 +54,60 @@ CONFIG = {"model_cfg": {"embed_dim": 128, "vision_cfg": VISION, "text_cfg": TEXT
 
 # ---- images --------------------------------------------------------------------------------------
 def read(path):
-    """The ImageSet of path/<class>/*."""
-    found, name = common.scan(path), os.path.basename(path)
-    classes, names = list(found), [c.replace("_", " ") for c in found]
-    return common.ImageSet(name, classes, names, [], None, *common.flatten(found, classes))
+    """Return the images in path/<class>/* as an ImageSet."""
+    found = common.scan(path)
+    classes = list(found)
+    if not classes:
+        common.fail(f"{path} has no images in {path}/<class>/")
+    names = [c.replace("_", " ") for c in classes]
+    paths, labels = common.flatten(found, classes)
+    return common.ImageSet(
+        os.path.basename(path), classes, names, [], paths, labels, None, "", False)
 
-def divide(images, rng, held=10**9, seen=10**9):
-    """Two parts of a set, at random: a fifth of each class, but at most `held`, and at most `seen`
-    of the others."""
-    parts = [], []
+def select(images, parts):
+    """Return a set with only some of the images; parts is a list of arrays of their rows."""
+    rows = np.sort(np.concatenate(parts))
+    return replace(images, paths=images.paths[rows], labels=images.labels[rows])
+
+def divide(images, rng, n_held_out=10**9, n_seen=10**9):
+    """Divide a set at random. Return what is held out, a fifth of each class but at most
+    n_held_out images of it, and what is pretrained on, at most n_seen of the other images."""
+    held_out = []
+    seen = []
     for k in range(len(images.classes)):
         rows = rng.permutation(np.flatnonzero(images.labels == k))
-        n = min(held, math.ceil(len(rows) / 5))
-        parts[0].append(rows[:n])
-        parts[1].append(rows[n:n + seen])
-    return [replace(images, paths=images.paths[rows], labels=images.labels[rows])
-            for rows in (np.sort(np.concatenate(part)) for part in parts)]
+        n = min(n_held_out, math.ceil(len(rows) / 5))
+        held_out.append(rows[:n])
+        seen.append(rows[n:n + n_seen])
+    return select(images, held_out), select(images, seen)
 
 def link(images, folder):
-    """Make folder/<class>/* links to the images; their names."""
-    names = ["/".join(os.fsdecode(path).split(os.sep)[-2:]) for path in images.paths]
-    for path, name in zip(images.paths, names):
+    """Make links to the images in folder/<class>/*, and return their paths in the folder."""
+    names = []
+    for path in map(os.fsdecode, images.paths):
+        name = "/".join(path.split(os.sep)[-2:])
         target = os.path.join(folder, name)
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.symlink(os.fsdecode(path), target)
+        os.symlink(path, target)
+        names.append(name)
     return names
 
 def in_memory(images):
-    """All images, cut to squares with sides of 72: uint8 (n, 3, 72, 72)."""
+    """Return all images, cut to squares with sides of 72: uint8 (n, 3, 72, 72)."""
     out = torch.empty(len(images), 3, STORED, STORED, dtype=torch.uint8)
     for i in tqdm(range(len(images)), f"reading {images.name}", unit="image", leave=False):
         x, readable = common.read_image(images.paths[i])
         if not readable:
-            sys.exit(f"error: {os.fsdecode(images.paths[i])} cannot be read")
+            common.fail(f"{os.fsdecode(images.paths[i])} cannot be read")
         x = VF.resize(x, [STORED], InterpolationMode.BICUBIC, antialias=True)
         out[i] = VF.center_crop(x, [STORED, STORED])
     return out
 
 def augment(x, g):
-    """Random crops (n, 3, 64, 64) of x (n, 3, 72, 72): half of them flipped, three in ten grey."""
-    n, window = len(x), torch.arange(SIZE)
+    """Return random crops (n, 3, 64, 64) of x (n, 3, 72, 72). Half of them are flipped, and three
+    in ten are grey."""
+    n = len(x)
+    window = torch.arange(SIZE)
     top, left = torch.randint(STORED - SIZE + 1, (2, n, 1), generator=g)
     flip, grey = torch.rand(2, n, 1, generator=g) < torch.tensor([0.5, 0.3]).view(2, 1, 1)
     rows = top + window                                                             # (n, 64)
@@ -104,15 +118,16 @@ def augment(x, g):
 
 # ---- pretraining ---------------------------------------------------------------------------------
 def spread_loss(S, group):
-    """CLIP's symmetric loss of S (N, N), a scalar, where an image belongs to all texts of its group
+    """Return CLIP's symmetric loss of S (N, N): scalar. An image belongs to all texts of its group
     (N,) alike."""
     target = F.normalize((group[:, None] == group).float(), p=1, dim=1)
     return (F.cross_entropy(S, target) + F.cross_entropy(S.T, target)) / 2
 
 def pretrain(model, pixels, group, captions, args):
-    """Train the model, in place, on pixels (n, 3, 72, 72). group (n,): domain and class;
-    captions[group]: (M, L)."""
-    n, g = len(pixels), torch.Generator().manual_seed(args.seed)
+    """Train the model, in place, on pixels (n, 3, 72, 72). group (n,) says for each image which
+    domain and class it shows, and captions[group] (M, L) are the tokens of what is said of them."""
+    n = len(pixels)
+    g = torch.Generator().manual_seed(args.seed)
     epochs = math.ceil(args.steps * args.batch_size / n)
     order = [np.random.default_rng([args.seed, epoch]).permutation(n) for epoch in range(epochs)]
     order = torch.from_numpy(np.concatenate(order))
@@ -125,9 +140,11 @@ def pretrain(model, pixels, group, captions, args):
         rows = order[step * args.batch_size:(step + 1) * args.batch_size]
         text = [captions[k][torch.randint(len(captions[k]), (), generator=g)]
                 for k in group[rows].tolist()]
+        text = torch.nn.utils.rnn.pad_sequence(text, batch_first=True)              # (N, L)
+        text = common.cut_padding(text).to(common.DEVICE)
         images = common.to_input(model, augment(pixels[rows], g))
         u = common.encode_image(model, images)                                      # (N, d)
-        v = common.encode_text(model, torch.nn.utils.rnn.pad_sequence(text, batch_first=True))
+        v = common.encode_text(model, text)                                         # (N, d)
         S = model.logit_scale.exp() * u @ v.T                                       # (N, N)
         loss = spread_loss(S, group[rows].to(S.device))
         optimizer.zero_grad()
@@ -142,41 +159,45 @@ def main(argv=None):
     add("--pacs", required=True, metavar="DIR", help="{photo,art_painting,...}/<class>/*.jpg")
     add("--cifar", required=True, metavar="DIR", help="{train,test}/<class>/*")
     add("--out", required=True, metavar="OUT", help="folder that is written; must be new")
-    add("--steps", type=common.positive_int, default=1843, help="of pretraining (%(default)s)")
-    add("--batch-size", type=common.number_type(int, 2), default=192, help="(%(default)s)")
-    add("--seed", type=common.natural, default=0, help="of all randomness (%(default)s)")
+    add("--steps", type=int, default=1843, help="of pretraining (%(default)s)")
+    add("--batch-size", type=int, default=192, help="(%(default)s)")
+    add("--seed", type=int, default=0, help="of all randomness (%(default)s)")
     args = parser.parse_args(argv)
     out = os.path.abspath(args.out)
     if os.path.lexists(out) and not (os.path.isdir(out) and not os.listdir(out)):
-        sys.exit(f"error: --out {out} is there already; give another, or remove it")
+        common.fail(f"--out {out} is there already; give another, or remove it")
 
     # what is held out, and what is pretrained on
-    pacs, cifar = os.path.abspath(args.pacs), os.path.abspath(args.cifar)
-    domains = {d: read(os.path.join(pacs, d))
-               for d in ("photo", "art_painting", "cartoon", "sketch")}
-    train, test = (read(os.path.join(cifar, d)) for d in ("train", "test"))
+    pacs = os.path.abspath(args.pacs)
+    cifar = os.path.abspath(args.cifar)
+    domains = ["photo", "art_painting", "cartoon", "sketch"]
+    photos, *drawings = [read(f"{pacs}/{domain}") for domain in domains]
     rng = np.random.default_rng(args.seed)
-    split = {d: divide(images, rng) for d, images in domains.items()}
-    pool, rest = divide(train, rng, 500, 1200)
-    val, train = split.pop("photo")
-    root = {"train": train, "val": val, **{d: images for d, (images, _) in split.items()},
-            "cifar10": test}
-    seen = {**{d: images for d, (_, images) in split.items()}, "cifar10": rest}
+    val, train = divide(photos, rng)
+    root = {"train": train, "val": val}                     # what is tuned on or scored
+    seen = {}                                               # what is pretrained on
+    for images in drawings:
+        root[images.name], seen[images.name] = divide(images, rng)
+    pool, seen["cifar10"] = divide(read(f"{cifar}/train"), rng, 500, 1200)
+    root["cifar10"] = read(f"{cifar}/test")
 
     # the folder, which is whole or not there
     partial = f"{out}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(os.path.join(partial, "clip"))
+    os.makedirs(f"{partial}/clip")
     for name, images in root.items():
-        link(images, os.path.join(partial, "root", name))
+        link(images, f"{partial}/root/{name}")
     pairs = ["path\ttext"]
-    for file, k in zip(link(pool, os.path.join(partial, "pool")), pool.labels):
-        pairs.append(f"pool/{file}\t{rng.choice(TEMPLATES['cifar10']).format(pool.classnames[k])}")
-    with common.replacing(os.path.join(partial, "pool.tsv")) as f:
+    for file, k in zip(link(pool, f"{partial}/pool"), pool.labels):
+        template = rng.choice(TEMPLATES["cifar10"])
+        pairs.append(f"pool/{file}\t{template.format(pool.classnames[k])}")
+    with common.replacing(f"{partial}/pool.tsv") as f:
         f.write("".join(f"{line}\n" for line in pairs).encode("utf-8", "surrogateescape"))
 
     # the CLIP
-    pixels, group, captions = torch.cat([in_memory(images) for images in seen.values()]), [], []
+    pixels = torch.cat([in_memory(images) for images in seen.values()])             # (n, 3, 72, 72)
+    group = []
+    captions = []
     for d, images in seen.items():
         group.append(torch.from_numpy(images.labels) + len(captions))
         captions += common.prompts(open_clip.tokenize, images.classnames, TEMPLATES[d])
@@ -184,9 +205,8 @@ def main(argv=None):
     model = open_clip.model.CLIP(**CONFIG["model_cfg"]).to(common.DEVICE)
     model.visual.preprocess_cfg = PREPROCESS
     pretrain(model, pixels, torch.cat(group), captions, args)
-    common.write(os.path.join(partial, "clip", "open_clip_config.json"), CONFIG)
-    weights = os.path.join(partial, "clip", "open_clip_model.safetensors")
-    common.write(weights, model.state_dict())
+    common.write(f"{partial}/clip/open_clip_config.json", CONFIG)
+    common.write(f"{partial}/clip/open_clip_model.safetensors", model.state_dict())
     os.rename(partial, out)
     print(f"{out}: {args.steps} steps on {len(pixels)} images")
 

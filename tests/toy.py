@@ -60,7 +60,8 @@ SIZE = 32
 
 # ---- drawing -------------------------------------------------------------------------------------
 def _shape(kind, x, y):
-    """Signed distance (negative inside) of points x, y (n, S, S) from shapes of radius about 1."""
+    """Return the signed distances (negative inside) of points x, y (n, S, S) from shapes of radius
+    about 1."""
     def box(w, h):
         return torch.maximum(x.abs() - w, y.abs() - h)
     r, fifth = (x * x + y * y).sqrt(), math.pi / 5
@@ -80,7 +81,8 @@ def _shape(kind, x, y):
     return torch.stack(every)[kind, torch.arange(len(x))]
 
 def _pattern(kind, x, y, p):
-    """The second colour's mask in {0, 1} at the points x, y (n, S, S); kind (n,), p (n, 1, 1)."""
+    """Return the second colour's mask, 0 or 1, at points x, y (n, S, S). kind is (n,), p
+    (n, 1, 1)."""
     cell = .46
     u, v = (x + p) / cell, (y + p) / cell
     dots = ((u.remainder(1) - .5) ** 2 + (v.remainder(1) - .5) ** 2).sqrt() < .3
@@ -90,11 +92,11 @@ def _pattern(kind, x, y, p):
     return torch.stack(every)[kind, torch.arange(len(x))].float()
 
 def _noise(n, cells, g, size):
-    """Smooth random fields (n, 1, size, size) of mean 0 and deviation about 1."""
+    """Return smooth random fields (n, 1, size, size) of mean 0 and deviation about 1."""
     return F.interpolate(torch.randn(n, 1, cells, cells, generator=g), size, mode="bicubic")
 
 def draw(style, shape, pattern, colour, size, ground, g):
-    """n objects in one style, uint8 (n, 3, 32, 32); shape ... ground are indices (n,)."""
+    """Draw n objects in one style, uint8 (n, 3, 32, 32); shape ... ground are indices (n,)."""
     n, S = len(shape), 2 * SIZE                             # drawn twice as large, then averaged
 
     def uni(lo, hi):
@@ -158,14 +160,15 @@ def sample(n, style, classes, g, tie=0.0):
     return images, [(style, CLASSES[c], *rest) for c, *rest in numbers]
 
 def style_templates():
-    """CLIP's 80 templates by style, {style: [str with {}]}; each belongs to exactly one style."""
+    """Return CLIP's 80 templates by style, {style: [str with {}]}. Each belongs to one style."""
     every = [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
     out = {style: [t for t in every if any(w in t for w in WORDS[style])] for style in WORDS}
     out["photo"] = [t for t in every if not any(t in ts for ts in out.values())]
     return out
 
 def caption(style, name, colour, size, ground):
-    """A caption that says more than the class: 'a photo of a small red striped star on grass.'"""
+    """Return a caption that says more than the class: 'a photo of a small red striped star on
+    grass.'"""
     what = {"dark": "a dark photo", "graffiti": "graffiti"}.get(style, f"a {style}")
     if style == "sketch":                                   # a sketch shows no colour, no ground
         return f"{what} of a {SIZES[size]} {name}."
@@ -208,7 +211,7 @@ def pretrain(steps=2000, batch=256, lr=1e-3, images=60000, seed=0):
         x = F.pad(pool[index].float(), (2, 2, 2, 2), mode="replicate")
         x = x[:, :, dy:dy + SIZE, dx:dx + SIZE] / 255
         u = F.normalize(model.visual((x - mean) / std), dim=-1)
-        v = common.encode_text(model, tokenizer(texts))
+        v = common.encode_text(model, common.tokenize(tokenizer, texts))
         loss = common.contrastive_loss(u, v, model.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
@@ -224,7 +227,7 @@ def pretrain(steps=2000, batch=256, lr=1e-3, images=60000, seed=0):
     save_file({k: v.half() if v.is_floating_point() else v for k, v in weights.items()}, WEIGHTS)
 
 def _clip():
-    """The toy CLIP in float32, from WEIGHTS."""
+    """Return the toy CLIP in float32, from WEIGHTS."""
     torch.manual_seed(0)
     model = open_clip.model.CLIP(**MODEL_CFG)
     weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(WEIGHTS).items()}
@@ -242,13 +245,14 @@ SETS = {"train": ("photo", SEEN, 100, TIE), "val": ("photo", SEEN, 20, TIE),
 POOL = 2400
 
 def where():
-    """The toy's folder, named by a hash of all that makes the toy: a changed toy is another."""
+    """Return the toy's folder. A hash of all that makes the toy is in its name, so that a changed
+    toy has another folder."""
     made_of = torch.__version__.encode() + Path(__file__).read_bytes() + Path(WEIGHTS).read_bytes()
     return f"{HERE}/.toy/{hashlib.sha256(made_of).hexdigest()[:8]}"
 
 def defaults():
-    """Draw the toy, unless it is there. Flags that differ from a script's defaults, {flag: value};
-    lr is evidence.py's `recipe`."""
+    """Draw the toy, unless it is there, and return the flags that differ from a script's defaults,
+    {flag: value}. lr is that of evidence.py, for all methods."""
     path = build()
     return {"data": f"{path}/root", "model": f"local-dir:{path}/clip", "epochs": 5, "lr": 3e-4,
             "batch_size": 64, "warmup": 20, "ema_every": 10, "log_every": 20, "save_every": 100,
@@ -260,7 +264,7 @@ def _write(folder):
     bar = tqdm(total=total, desc="drawing the toy", unit="image", disable=common.RANK > 0)
 
     def write(where, names, style, classes, seed, tie):
-        """Draw images of these classes as where/<names[i]>; lines of their names and captions."""
+        """Draw images of these classes as where/<names[i]>; return lines of names and captions."""
         g, lines = torch.Generator().manual_seed(seed), []
         for i in range(0, len(classes), CHUNK):
             part = classes[i:i + CHUNK]
