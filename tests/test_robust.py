@@ -262,8 +262,8 @@ def test_nothing_of_another_run_is_overwritten(tiny_root, clip, tmp_path, monkey
     assert content(out) == before
 
 @pytest.mark.parametrize("file", ["results.json", "model/weights.bin", "last.pt"])
-def test_a_folder_that_is_no_runs_is_left_alone(tiny_root, clip, tmp_path, file):
-    """Name a folder with such a file as --out: only --overwrite may delete what is not ours."""
+def test_a_folder_of_something_else_is_left_alone(tiny_root, clip, tmp_path, file):
+    """Give a folder with such a file as --out: only --overwrite may delete what is not ours."""
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("{}")
     before = content(tmp_path)
