@@ -15,8 +15,10 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import signal
 from dataclasses import dataclass
+from os.path import realpath
 from pathlib import Path
 
 import numpy as np
@@ -72,19 +74,19 @@ def find_model(name):
         path = path / "model"
     elif (path / "args.json").is_file():
         common.fail(f"--model {name} is a run that has not finished; it has no model/ yet")
-    run = {}
-    if path.is_dir():
-        run = common.read_json(path.parent / "args.json")
+    run = common.read_json(path.parent / "args.json") if path.is_dir() else {}
     return path, run
 
 def check_run(source, run, args, sets):
     """End the program if images are to be scored on which the run was tuned."""
     if run.get("data") != args.data:                        # another ROOT, or not a run
         return
-    scored = {args.val, *(images.name for images in sets)}
-    for name in scored.intersection(run["train"]):
-        common.fail(f"{source} was tuned on {name}, which is to be scored; give --train {name}")
+    tuned = [realpath(f"{args.data}/{name}") for name in run["train"]]
     is_held_out = not args.val and not Path(args.data, "val").is_dir()
+    for images in sets[int(is_held_out):]:                  # val may be held out of these folders
+        folder = realpath(Path(os.fsdecode(images.paths[0])).parent.parent)
+        if folder in tuned:
+            common.fail(f"{source} was tuned on {folder}, which is to be scored; see its --train")
     for flag in ("train", "val", "val_frac", "seed"):
         if is_held_out and run[flag] != getattr(args, flag):
             common.fail(f"{source} was tuned on images that are held out as val now; its flags had "
@@ -142,7 +144,7 @@ def load(name, args, sets):
 # ---- what is shown -------------------------------------------------------------------------------
 def filename(title):
     """Return a title as the name of a file."""
-    return title.strip("/").replace("/", "_").replace(" ", "_")
+    return title.replace("/", "_").replace(" ", "_")
 
 def reliability(axis, confidence, correct, title):
     """Draw a reliability diagram of confidence (n,) and correct (n,): accuracy in 15 equal bins."""
@@ -151,7 +153,7 @@ def reliability(axis, confidence, correct, title):
     hits = np.histogram(confidence, edges, weights=1.0 * correct)[0]
     colours = np.where(count < 10, "#bcd3ea", "#2b6cb0")    # few images say little: pale
     axis.bar(edges[:-1], hits / np.maximum(count, 1), 1 / 15, align="edge", color=colours, ec="w")
-    axis.plot([0, 1], [0, 1], "k--", linewidth=1)
+    axis.plot([0, 1], [0, 1], "k--")
     axis.set(title=f"{title}: ECE {100 * common.ece(confidence, correct):.1f}", xlim=(0, 1),
              ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
 
@@ -182,7 +184,7 @@ def plot(folder, candidates, columns, outcomes):
         alphas, x, y = np.array(sorted(points), float).T                # an alpha of None is nan
         axis.plot(100 * x, 100 * y, marker="o", label=Path(source).name)
         for alpha, *point in zip(alphas, 100 * x, 100 * y):
-            if source == candidates[0].source:              # labels of several curves collide
+            if source == candidates[0].source and alpha >= 0:           # not nan
                 axis.annotate(f"{alpha:g}", point)
     axis.set(xlabel="val top-1 (%)", ylabel="mean top-1 over shifts (%)")
     axis.legend(fontsize=8)
@@ -195,8 +197,8 @@ def print_mean(folders):
     if len(runs) < 2 or not all("sets" in run for run in runs):
         common.fail("--mean takes the folders of two or more finished runs")
     runs = [{**run["sets"], "shift mean": run["shift_mean"]} for run in runs]
-    print(f"{len(runs)} runs: mean and standard deviation")
-    print(f"{'set':<24}   top-1  ± sd     ECE  ± sd")
+    print(f"{len(runs)} runs: mean and standard deviation\n"
+          f"{'set':<24}   top-1  ± sd     ECE  ± sd")
     for name in runs[0]:
         scores = [run.get(name) for run in runs]
         if None in scores:                                  # some run lacks it
@@ -222,7 +224,7 @@ def score(candidates, sets, args):
             models, preprocesses, images, args, args.skip_corrupt, args.precision)
         is_readable = ~features_of[0][:, 0].isnan()                                 # (n,)
         rows = is_readable.nonzero().squeeze(1)                                     # (n',)
-        if len(rows) == 0:
+        if not len(rows):
             common.fail(f"no image of {images.name} can be read")
         for path in images.paths[~is_readable.numpy()]:
             notes.append(f"skipped, not readable: {path.decode(errors='replace')}")
@@ -244,8 +246,9 @@ def score(candidates, sets, args):
                     facts[scaled] = {"alpha": candidate.alpha, "temperature": T}
                     notes.append(f"{T:<8.3g} T of {title}")
             for column in {title, scaled} & facts.keys():
-                scores = common.score_set(images, logits / facts[column]["temperature"], labels)
-                scores_of.setdefault(column, {})[images.name] = scores
+                T = facts[column]["temperature"]
+                scores_of.setdefault(column, {})[images.name] = common.score_set(
+                    images, logits / T, labels)
 
             confidence, prediction = logits.softmax(-1).max(-1)
             outcomes[title][images.name] = confidence.numpy(), (prediction == labels).numpy()
@@ -285,10 +288,8 @@ def main(argv=None):
         common.fail(f"--out {args.out} holds a run and its results.json; give another --out")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         common.fail("--plot needs matplotlib: pip install matplotlib")
-    val = args.val or "val"
-    has_training_images = all(Path(args.data, name).is_dir() for name in args.train)
-    if Path(args.data, val).is_dir() and not has_training_images:
-        args.train = [val]                                  # its classes stand in for training's
+    if not Path(args.data, args.train[0]).is_dir():
+        args.train = [args.val or "val"]                    # its classes stand in for training's
 
     _, sets = common.read_data(args)                        # val, then all others
     candidates = []

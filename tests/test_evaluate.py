@@ -281,23 +281,23 @@ def test_the_val_that_a_run_held_out(domains, tmp_path):
     with_val = score_one(tmp_path / "with-val", "--model", f"{folder}/with-val", "--seed", "4")
     assert_same_scores(with_val, common.read_json(folder / "with-val" / "results.json"))
 
-TUNED_ON = "was tuned on {}, which is to be scored; give --train {}"
+TUNED_ON = "was tuned on .*/{}, which is to be scored; see its --train"
 HELD_OUT = "was tuned on images that are held out as val now; its flags had {}"
 
 @pytest.mark.parametrize("models, flags, message", [
     ("sketch", "--seed 4", HELD_OUT.format("seed 3")),
     ("sketch", "--val-frac 0.2", HELD_OUT.format("val-frac 0.3")),
     ("sketch", "--train art photo sketch", HELD_OUT.format("train")),
-    ("sketch", "--train photo", TUNED_ON.format("art", "art")),
-    ("sketch", "--val sketch --train photo", TUNED_ON.format("art", "art")),
-    ("sketch", "--val photo --train art", TUNED_ON.format("photo", "photo")),
-    ("sketch", "--val photo", TUNED_ON.format("photo", "photo")),
+    ("sketch", "--train photo", TUNED_ON.format("art")),
+    ("sketch", "--val sketch --train photo", TUNED_ON.format("art")),
+    ("sketch", "--val photo --train art", TUNED_ON.format("photo")),
+    ("sketch", "--val photo", TUNED_ON.format("photo")),
     ("sketch/teacher", "--seed 4", HELD_OUT.format("seed 3")),
     ("sketch/model", "--seed 4", HELD_OUT.format("seed 3")),
-    ("sketch art", "", TUNED_ON.format("sketch", "sketch")),
+    ("sketch art", "", TUNED_ON.format("sketch")),
     ("with-val sketch", "", None),
     ("sketch with-val", "", HELD_OUT.format("val sketch")),
-    ("with-val", "--train photo", TUNED_ON.format("art", "art"))])
+    ("with-val", "--train photo", TUNED_ON.format("art"))])
 def test_images_of_training_are_not_scored(domains, tmp_path, models, flags, message):
     """Refuse to score a set that a run was tuned on and, where val is held out, another part of its
     training images. Both would look like accuracy."""
@@ -335,7 +335,7 @@ def test_a_folder_with_a_slash_behind_it(tiny_root, clip, tmp_path):
     """Refuse images of training whatever way their folder was written; shells add the slash."""
     run(calft, tiny_root, clip(), tmp_path / "run", "--train", "train/", "sketch/", steps=1)
     flags = ["--model", f"{tmp_path}/run", "--train", "train"]
-    refuses("was tuned on sketch", tmp_path / "out", *flags)
+    refuses("was tuned on .*/sketch, ", tmp_path / "out", *flags)
 
 def test_mean_of_runs(domains, capsys):
     """Average the sets that all runs have, which is val, and their means over shifts, whatever
