@@ -45,7 +45,7 @@ def test_retrieve_is_a_full_sort(n, m, k):
         assert len(set(row)) == len(row)
 
 @pytest.mark.parametrize("k", [1, 3])
-def test_nearest_pairs_by_hand(tiny_root, clip, pool, tmp_path, capsys, k):
+def test_nearest_pairs_by_hand(tiny_root, clip, pool, tmp_path, monkeypatch, capsys, k):
     """Compute which readable pairs are nearest to a readable training image. They are found once,
     and again by the features that are kept in --out."""
     root = tmp_path / "root"
@@ -60,6 +60,12 @@ def test_nearest_pairs_by_hand(tiny_root, clip, pool, tmp_path, capsys, k):
     images, texts = anchor.read_pool(os.path.relpath(pool))             # from the file's folder
     assert len(images) == 23
     assert texts[3] == "pool picture 3"
+    retrieve = anchor.retrieve
+    def spy(query, pool, k):
+        assert len(query) == 39                             # NaN would be near to any pair
+        assert query.isfinite().all() and pool.isfinite().all()
+        return retrieve(query, pool, k)
+    monkeypatch.setattr(anchor, "retrieve", spy)
     found = anchor.retrieve_pairs(images, train, model, preprocess, args)
     assert f"retrieved {len(found)} of the 21 readable pairs among 23" in capsys.readouterr().out
 

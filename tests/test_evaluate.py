@@ -92,6 +92,21 @@ def test_temperature_and_predictions(tiny_root, clip, tmp_path, capsys):
     assert f"{T:<8.3g} T of {title}" in out
     assert f"{plain['sigma_min']:<8.3g} sigma_min of {title}" in out
     assert scaled["sets"]["val"]["nll"] < plain["sets"]["val"]["nll"]
+    model, _, transform = open_clip.create_model_and_transforms(clip())
+    model.eval()
+    templates = ["a photo of a {}.", "a sketch of the {}.", "art of a {}."]
+    names = ["ant", "bee", "cat", "dog", "sea eel"]
+    W = open_clip.build_zero_shot_classifier(
+        model, open_clip.get_tokenizer(clip()), names, templates)
+    labels = torch.arange(5).repeat_interleave(3)
+    for name in ("sketch", "val"):                          # T is val's, in every set
+        files = sorted(Path(tiny_root, name).rglob("*.png"))
+        x = torch.stack([transform(Image.open(file)) for file in files])
+        with torch.no_grad():
+            S = model.logit_scale.exp() * model.encode_image(x, normalize=True) @ W
+        nll = cross_entropy(S / T, labels).item()
+        assert scaled["sets"][name]["nll"] == pytest.approx(nll, rel=1e-3)
+    assert T == pytest.approx(evaluate.fit_temperature(S, labels), rel=0.01)        # of val
     folder, = (tmp_path / "p").iterdir()
     assert folder.name == evaluate.filename(title)
     for name, s in plain["sets"].items():
@@ -221,6 +236,10 @@ def test_five_models_side_by_side(tiny_root, clip, tmp_path, monkeypatch, capsys
     assert max(len(line) for line in out.splitlines() if "reading" not in line) <= 100
     assert out.count("\nshift mean") == 3
     assert all(f" …l-with-a-long-name-{i}" in out for i in range(5))    # is cut
+    in_fp32 = score_one(tmp_path / "fp32", "--data", tiny_root, "--model", names[0])
+    nll = in_fp32["sets"]["val"]["nll"]
+    rounded = columns[names[0].removeprefix("local-dir:")]["sets"]["val"]["nll"]
+    assert rounded != nll and rounded == pytest.approx(nll, rel=0.02)
 
 def test_two_processes_count_every_image_once(tiny_root, clip, tmp_path):
     """Score 15, 9, 9 and 15 images by two processes in batches of 4: the numbers are those of one
@@ -309,16 +328,18 @@ def test_images_of_training_are_not_scored(domains, tmp_path, models, flags, mes
         refuses(message, tmp_path / "out", *given)
 
 def test_another_root_is_no_disagreement(domains, tmp_path):
-    """Score a run on a copy of its ROOT, and on one of another layout: --data that a run did not
-    have says nothing of its training images."""
+    """Score a run on a copy of its ROOT, and on one of another layout, where a shift has the name
+    of a folder that it was tuned on: nothing is known of images in --data that a run did not
+    have."""
     folder, _ = domains
     shutil.copytree(folder / "root", tmp_path / "moved")
     flags = ["--model", f"{folder}/sketch", "--data", f"{tmp_path}/moved"]
     results = common.read_json(folder / "sketch" / "results.json")
     assert_same_scores(score_one(tmp_path / "a", *flags), results)
-    os.rename(tmp_path / "moved" / "photo", tmp_path / "moved" / "val")
-    shutil.rmtree(tmp_path / "moved" / "art")
-    assert list(score_one(tmp_path / "b", *flags)["sets"]) == ["val", "sketch"]
+    os.rename(tmp_path / "moved" / "sketch", tmp_path / "moved" / "val")
+    os.rename(tmp_path / "moved" / "art", tmp_path / "moved" / "train")
+    column = score_one(tmp_path / "b", *flags, "--train", "train", "--seed", "4")
+    assert list(column["sets"]) == ["val", "photo"]
 
 def test_a_run_that_was_tuned_on_val_too(tiny_root, clip, tmp_path):
     """Score a run whose --val is test/: its row is called val, which is not the folder val/ that
