@@ -47,7 +47,8 @@ def read_captions(path, images, root):
             common.fail(f"{path}: there is no image {file}")
     for file, texts in captions.items():
         if not texts:
-            common.fail(f"{path} has no caption for {file}; tests/captions.py writes captions")
+            common.fail(f"{path}, if there is such a file, has no caption for {file}; "
+                        "tests/captions.py writes captions")
     return list(captions.values())
 
 def read_pool(path):
@@ -55,7 +56,7 @@ def read_pool(path):
     text: an ImageSet of m images, and their m texts."""
     rows = common.read_rows(path, "path", "text")
     if not rows:
-        common.fail(f"--pool {path} holds no pairs; expected lines of path<TAB>text")
+        common.fail(f"--pool {path} does not exist or holds no pairs; expected path<TAB>text")
     folder = os.path.dirname(os.path.abspath(path))
     files = np.array([os.fsencode(os.path.join(folder, file)) for file, _ in rows])
     pool = common.ImageSet("pool", [], [], [], files, np.zeros(len(files)), None, "", False)

@@ -619,7 +619,7 @@ def load(data, indices, batch_size, args, title=None):
     try:
         yield from tqdm(loader, title, leave=False, delay=3, disable=RANK > 0 or title is None)
     except OSError as e:                                    # a worker puts its traceback before it
-        fail(str(e).split("\n")[-1])
+        fail(str(e).splitlines()[-1])
 
 def train_loader(images, preprocess, args, first_step, total):
     """Yield the batches of steps first_step to total - 1: crops uint8 (n, 3, S, S), labels, rows
@@ -738,7 +738,7 @@ def replacing(path):
     except (OSError, RuntimeError) as e:                    # torch.save raises the latter
         if isfile(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        fail(f"{path} cannot be written ({e}); an older one is kept")
+        fail(f"{path} cannot be written ({e}); an older file, if any, is kept")
 
 def read_json(path):
     """Return the content of a JSON file, or {} if there is none."""

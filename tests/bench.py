@@ -201,7 +201,7 @@ def print_memory(name, n, measure):
         title += " (measured)"
     print(f"\n{title}\n{'':<12}", *(f"{method:>15}" for method in METHODS), sep="")
     for accum in (1, 2, 4, 8, 16):
-        if n % accum:                                       # a chunk would hold less than the rest
+        if n % accum:                                       # the scripts refuse it
             break
         held = {}
         line = f"--accum {accum:<4}"

@@ -111,8 +111,8 @@ def test_texts_are_cut_at_the_longest_of_a_batch(clip, rows):
     assert torch.equal(batch.cpu(), expected)
 
 @pytest.mark.parametrize("text, message", [
-    (None, "pool.tsv holds no pairs; expected lines of path<TAB>text"),
-    (b"path\ttext\n", "pool.tsv holds no pairs"),
+    (None, "pool.tsv does not exist or holds no pairs; expected path<TAB>text"),
+    (b"path\ttext\n", "pool.tsv does not exist or holds no pairs"),
     (b"path\ttext\nx.jpg\n", "pool.tsv: expected path<TAB>text, found 'x.jpg'"),
     (b"path\ttext\nx.jpg\t \n", "pool.tsv: expected path<TAB>text, found 'x.jpg"),
     (b"x.jpg\tcaf\xe9\n", "pool.tsv cannot be read as text")])
