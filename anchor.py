@@ -104,8 +104,8 @@ def retrieve_pairs(pool, train, model, preprocess, args):
     return rows.tolist()
 
 def texts_of(tokens, rows):
-    """Return some rows (n,) of a table of tokens (m, L) on the CPU, cut at the longest of them, on
-    the device. Texts differ widely in length."""
+    """Return tokens[rows] (n, L), of a table of tokens on the CPU, on the device. They are cut at
+    the longest of them, as texts differ widely in length."""
     batch = common.cut_padding(tokens[rows])
     if common.DEVICE.type == "cuda":
         batch = batch.pin_memory()                          # otherwise the copy waits for the GPU
@@ -148,7 +148,6 @@ def main(argv=None):
     model, crop, preprocess, tokenizer = common.load_model(args.model, args.pretrained)
     # The towers train in eval mode: BatchNorm keeps its statistics, and nothing is dropped.
     tokens = common.prompts(tokenizer, train.classnames, train.templates)           # (K, M, L)
-    tokens = tokens.to(common.DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.wd, fused=True)
     scaler = torch.amp.GradScaler(common.DEVICE.type, enabled=args.precision == "fp16")
     saved = {"model": model, "optimizer": optimizer, "scaler": scaler}      # what last.pt holds
@@ -187,7 +186,7 @@ def main(argv=None):
         images, labels, rows, draws = batch
         images = common.to_input(model, images)                                     # (n, 3, S, S)
         template_id = draws % M                             # one random number draws the template
-        text = tokens[labels, template_id]                  # and the caption           (n, L)
+        text = texts_of(tokens, (labels, template_id))      # and the caption           (n, L)
         tau = model.logit_scale.exp()
 
         with common.autocast(args.precision):

@@ -54,8 +54,7 @@ def cross_frobenius(W_v, W_t):
 
 def ema_momentum(step, total_steps):
     """Return m after `step`: it rises from 0.05 to 0.9 over the first fifth of the run."""
-    progress = min(1.0, step / (0.2 * total_steps))
-    return 0.05 + (0.9 - 0.05) * progress
+    return 0.05 + (0.9 - 0.05) * min(1.0, step / (0.2 * total_steps))
 
 @torch.no_grad()
 def update_teacher(teacher, model, m):
@@ -111,7 +110,6 @@ def main(argv=None):
     if args.sd and args.ema_every >= total:
         common.say(f"warning: --ema-every {args.ema_every} in {total} steps: one teacher update")
     tokens = common.prompts(tokenizer, train.classnames, train.templates)           # (K, M, L)
-    tokens = tokens.to(common.DEVICE)
     teacher = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.wd, fused=True)
     scaler = torch.amp.GradScaler(common.DEVICE.type, enabled=args.precision == "fp16")
@@ -136,7 +134,10 @@ def main(argv=None):
         optimizer.param_groups[0]["lr"] = lr
         images = common.to_input(model, images)                                     # (n, 3, S, S)
         template_id = draws % len(train.templates)
-        text = tokens[labels, template_id]                                          # (n, L)
+        text = common.cut_padding(tokens[labels, template_id])                      # (n, L)
+        if common.DEVICE.type == "cuda":
+            text = text.pin_memory()                        # otherwise the copy waits for the GPU
+        text = text.to(common.DEVICE, non_blocking=True)
 
         with common.autocast(args.precision):
             u = common.encode_image(model, images, args.accum)                      # (n, d)
@@ -148,7 +149,7 @@ def main(argv=None):
         if args.oc:
             terms["orthogonality"] = orthogonality(W_v)
             loss = loss + args.oc * terms["orthogonality"]
-        if args.sd and step > 0:                            # at step 0 the teacher is the student
+        if args.sd and step:                                # at step 0 the teacher is the student
             with torch.inference_mode(), common.autocast(args.precision):
                 u_ema = common.encode_image(teacher, images, args.accum)            # (n, d)
                 v_ema = common.encode_text(teacher, text, args.accum)               # (n, d)

@@ -145,7 +145,7 @@ def encode_image(model, images, accum=1):
 def padding_has_no_effect(text):
     """Whether a text tower reads left to right and pools at the end-of-text token, so that nothing
     behind that token can reach the feature."""
-    is_causal = text.attn_mask is not None and not hasattr(text, "cls_emb")
+    is_causal = text.attn_mask is not None and getattr(text, "cls_emb", None) is None
     pooling = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
     return is_causal and pooling == "argmax" and torch.is_tensor(text.text_projection)
 
@@ -214,8 +214,8 @@ def contrastive_loss(image_features, text_features, logit_scale):
 def gather(x):
     """Concatenate x of all processes, (n, ...) -> (N, ...).
 
-    Gradients reach only this process's rows, scaled by WORLD. average_gradients then takes the
-    mean over the processes, which makes a sum of them. Terms that do not pass through here (tau,
+    Gradients reach only this process's rows, scaled by WORLD. So the mean over the processes that
+    average_gradients takes is the sum of their parts. Terms that do not pass through here (tau,
     W_v, W_cls) have the same gradient on every process, and the mean leaves it as it is."""
     if WORLD == 1:
         return x
@@ -264,8 +264,8 @@ def scores(logits, labels):
     correct = (predicted == labels).double()
     top1 = correct.mean().item()
     squared_error = (p - F.one_hot(labels, p.shape[1])).square().sum(-1)
-    batches = zip(confidence.split(512), correct.split(512))
-    batch_eces = [len(hits) * ece(c, hits, bins=10) for c, hits in batches]
+    batch_eces = [len(hits) * ece(c, hits, 10)
+                  for c, hits in zip(confidence.split(512), correct.split(512))]
     return {
         "top1": top1,
         "top1_se": math.sqrt(top1 * (1 - top1) / len(labels)),
@@ -299,11 +299,11 @@ def zero_shot_head(model, tokenizer, images):
 @torch.no_grad()
 def set_logits(model, tokenizer, images, features, head):
     """Return logits (n, K') of one set from its features (n, d), on the CPU: by the head (K, d) of
-    the training classes or, where a class was not trained on, by a zero-shot head of its own."""
+    the training classes or, if the set has a class that was not trained on, by a zero-shot head of
+    all classes of the set."""
     tau = model.logit_scale.exp().cpu()
     if images.columns is None:
-        own_head = zero_shot_head(model, tokenizer, images).cpu()
-        return tau * features @ own_head.T
+        return tau * features @ zero_shot_head(model, tokenizer, images).cpu().T
     logits = tau * features @ head.cpu().T                                          # (n, K)
     largest = [logits[:, columns].amax(-1) for columns in images.columns]
     return torch.stack(largest, dim=-1)                                             # (n, K')
@@ -376,9 +376,12 @@ class ImageSet:
     # columns[k] lists the training classes that class k covers (usually one; the largest logit
     # counts). None: some class was not trained on, so the set has a zero-shot head of its own.
     columns: list | None
-    head: str                                               # all or a subset of the training
-                                                            # classes, or zero-shot: its own head
-    is_shift: bool                                          # whether it is in the mean over shifts
+    head: str                                               # what classifies it: "all" or "subset"
+                                                            # of the training classes' head, or
+                                                            # "zero-shot", a head of its own
+    # A shift is a set that --val and --train do not name, that is not called test, and whose
+    # classes were all trained on. The shift mean is over these.
+    is_shift: bool
 
     def __len__(self):
         return len(self.paths)
@@ -447,14 +450,14 @@ def find_texts(classes, folders, templates):
 
 def match_classes(folders, path, train):
     """Return for each class folder of a set the training classes that it covers, as a list of
-    indices, or None if some folder covers none.
+    indices, or None if some folder stands for a class that was not trained on.
 
     By default a folder covers the training class of the same name. If the folders are exactly 0 to
     K-1 and no training class is a number, they are indices (ImageNet-V2). path/classes.txt
     (folder<TAB>training class[;training class...]) overrides both."""
     index = {c: k for k, c in enumerate(train.classes)}
     targets = {folder: [folder] for folder in folders}
-    numbers = {str(k): [c] for k, c in enumerate(train.classes)}
+    numbers = {str(k): [c] for k, c in enumerate(train.classes) if not c.isdecimal()}
     if set(folders) == numbers.keys():
         targets = numbers
     for folder, names in read_rows(f"{path}/classes.txt", "folder", "training class[;...]"):
@@ -765,7 +768,7 @@ def export(model, name, path):
     write(f"{path}/open_clip_model.safetensors", model.state_dict())
     write(f"{path}/open_clip_config.json", about)
 
-# Flags that may differ when a run continues. The last two change only its rounding.
+# Flags that may differ when a run continues. accum and compile change only its rounding.
 FREE = "out workers log_every save_every eval_every overwrite accum compile".split()
 FILES = "results.json last.pt log.jsonl model teacher head.safetensors features.safetensors".split()
 
@@ -787,13 +790,15 @@ class Run:
             fail(f"--out {args.out} holds a run with other settings ({', '.join(changed)}); choose "
                  "another --out or add --overwrite")
         if RANK == 0 and (args.overwrite or not files):
-            for file in files:                              # they would pass for new ones
+            for file in files:                              # old ones would pass for the new run's
                 if file.is_dir():
                     shutil.rmtree(file)
                 else:
                     file.unlink()
-            write(self.path / "args.json", settings)        # last, if a kill comes in between
-        gather(torch.zeros(1, device=DEVICE))               # the other processes wait for that
+            # Last: until then a folder that is half empty belongs to the old run.
+            write(self.path / "args.json", settings)
+        if WORLD > 1:
+            dist.barrier()                                  # the other processes wait for that
 
         self.results = read_json(self.path / "results.json")
         self.checkpoint = {"step": 0, "log": ""}

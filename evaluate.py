@@ -222,24 +222,24 @@ def score(candidates, sets, args):
     for images in sets:
         features_of = common.image_features(
             models, preprocesses, images, args, args.skip_corrupt, args.precision)
-        is_readable = ~features_of[0][:, 0].isnan()                                 # (n,)
-        rows = is_readable.nonzero().squeeze(1)                                     # (n',)
-        if not len(rows):
-            common.fail(f"no image of {images.name} can be read")
-        for path in images.paths[~is_readable.numpy()]:
+        is_readable = ~features_of[0][:, 0].isnan().numpy()                         # (n,)
+        if not is_readable.any():
+            common.fail(f"no image of {images.name} can be read, or the weights are not finite")
+        for path in images.paths[~is_readable]:
             notes.append(f"skipped, not readable: {path.decode(errors='replace')}")
-        labels = torch.from_numpy(images.labels)[rows]
+        labels = torch.from_numpy(images.labels[is_readable])                       # (n',)
         for candidate, features in zip(candidates, features_of):
+            features = features[is_readable]                                        # (n', d)
             title = candidate.title
             scaled = f"{title} at T"                        # the title at a fitted temperature
             if candidate.head is None:
                 candidate.head = common.zero_shot_head(candidate.model, candidate.tokenizer, images)
             logits = common.set_logits(
-                candidate.model, candidate.tokenizer, images, features[rows], candidate.head)
+                candidate.model, candidate.tokenizer, images, features, candidate.head)
             if images is sets[0]:                           # val
                 facts[title] = {"alpha": candidate.alpha, "temperature": 1.0}
                 if args.sigma_min:
-                    facts[title]["sigma_min"] = sigma_min(features[rows])
+                    facts[title]["sigma_min"] = sigma_min(features)
                     notes.append(f"{facts[title]['sigma_min']:<8.3g} sigma_min of {title}")
                 if args.fit_temperature:
                     T = fit_temperature(logits, labels)
@@ -253,7 +253,7 @@ def score(candidates, sets, args):
             confidence, prediction = logits.softmax(-1).max(-1)
             outcomes[title][images.name] = confidence.numpy(), (prediction == labels).numpy()
             if args.predictions and common.RANK == 0:
-                paths = np.char.decode(images.paths[rows], "utf-8", "replace")
+                paths = np.char.decode(images.paths[is_readable], "utf-8", "replace")
                 file = f"{args.predictions}/{filename(title)}/{filename(images.name)}.npz"
                 with common.replacing(file) as f:
                     np.savez(f, path=paths, label=labels, prediction=prediction,
