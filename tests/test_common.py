@@ -367,6 +367,16 @@ def test_imagenets_shifts_by_wnid(tmp_path):
         assert sets[name].classes == lists[name]
         assert [lists["val"][k] for k, in sets[name].columns] == lists[name]
 
+def test_numbers_that_are_training_classes_are_names(tmp_path):
+    """Match the folder 10 with the training class 10, which is the third when sorted. As indices
+    they would shift all classes silently."""
+    numbers = [str(k) for k in range(12)]
+    for name in ("train", "val", "sketch"):
+        write_images(tmp_path / name, numbers, 1)
+    train, sets = read(tmp_path)
+    columns = dict(zip(sets["sketch"].classes, sets["sketch"].columns))
+    assert {c: train.classes[k] for c, (k,) in columns.items()} == {c: c for c in numbers}
+
 def test_val_held_out(tmp_path):
     """Hold out a part of each class where there is no val/, drawn by seed, so that one file more
     moves no other: otherwise val would hold training images when a run is evaluated."""
