@@ -13,13 +13,11 @@ What is compared takes turns in one process, and ratios are of medians. ARF's ca
 have 8 to 77 tokens. `memory` and `plan` need no GPU; where there is one, `memory` prints the
 measured peak, too. tests/evidence.py measures accuracy.
 
-What a step makes the host wait for on a GPU, by reading the code (none of it is measured):
-- In every step, its loader. Images and labels come pinned from it, and captions and pairs are
-  pinned in anchor.texts_of, so that these copies are queued. The normalisation divides by numbers,
-  and the longest caption is looked up on the CPU.
-- In calft.py and anchor.py, in every step, the end of the step before: the table of prompts is on
-  the GPU and its indices, labels and template_id, are on the CPU, from where indexing copies them
-  and waits.
+What a step makes the host wait for on a GPU, by reading the code and on fake tensors (test_cuda.py),
+not measured:
+- In every step, its loader. Images and labels come pinned from it. The scripts cut prompts,
+  captions and pairs at the longest of a batch while they are on the CPU, and pin them. So these
+  copies are queued. The normalisation divides by numbers, which need no copy.
 - Every --log-every steps, the losses. Every --save-every steps, the check that weights are finite,
   tensor by tensor, and the copy of last.pt to the CPU.
 - Nothing else: the optimiser is fused, and in fp16 it reads the scaler's found_inf on the GPU;
