@@ -13,8 +13,8 @@ What is compared takes turns in one process, and ratios are of medians. ARF's ca
 have 8 to 77 tokens. `memory` and `plan` need no GPU; where there is one, `memory` prints the
 measured peak, too. tests/evidence.py measures accuracy.
 
-What a step makes the host wait for on a GPU, by reading the code and on fake tensors (test_cuda.py),
-not measured:
+What a step makes the host wait for on a GPU, by reading the code and on fake tensors (by
+test_cuda.py), not measured:
 - In every step, its loader. Images and labels come pinned from it. The scripts cut prompts,
   captions and pairs at the longest of a batch while they are on the CPU, and pin them. So these
   copies are queued. The normalisation divides by numbers, which need no copy.
