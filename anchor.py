@@ -20,6 +20,8 @@ pair nearest to each image (k = 1) by untuned image features, FLYP's recipe (Goy
     python anchor.py --data /imagenet --captions captions.tsv --pool cc3m/pool.tsv
     python anchor.py --cap 0 --ret 0 --out out/flyp                # the baseline FLYP: no anchors
 """
+import common                                               # before torch, see its first lines
+
 import copy
 import itertools
 import math
@@ -31,16 +33,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-import common
-
 # ---- the anchors: captions, and pairs that are retrieved from a pool -----------------------------
 def read_captions(path, images, root):
     """Return the captions of every image of a set, [[caption, ...], ...], from a file whose lines
     are a path in ROOT, a tab, a caption. Every image needs one; lines of other images are
     skipped."""
-    captions = {os.fsdecode(file): [] for file in images.paths}
+    captions = {os.path.normpath(os.fsdecode(file)): [] for file in images.paths}
     for file, text in common.read_rows(path, "path", "caption"):
-        file = f"{root}/{file}"
+        file = os.path.normpath(f"{root}/{file}")
         if file in captions:
             captions[file].append(text)
         elif not os.path.isfile(file):
@@ -59,6 +59,9 @@ def read_pool(path):
         common.fail(f"--pool {path} does not exist or holds no pairs; expected path<TAB>text")
     folder = os.path.dirname(os.path.abspath(path))
     files = np.array([os.fsencode(os.path.join(folder, file)) for file, _ in rows])
+    if all(common.read_image(file)[1] for file in files[:20]):          # before hours of features
+        common.fail(f"--pool {path}: none of its first images can be read, such as "
+                    f"{os.fsdecode(files[0])!r}; expected path<TAB>text")
     pool = common.ImageSet("pool", [], [], [], files, np.zeros(len(files)), None, "", False)
     return pool, [text for _, text in rows]
 
@@ -87,15 +90,19 @@ def retrieve_pairs(pool, train, model, preprocess, args):
     """Return the rows of the pool that are among the k nearest of a training image, by image
     features of the untuned model, which are kept in --out. Unreadable images are left out."""
     path = f"{args.out}/features.safetensors"
-    if not os.path.isfile(path):
-        features = {}
-        for images in (train, pool):
-            u, = common.image_features(                     # (n, d) or (m, d), NaN if unreadable
-                [model], [preprocess], images, args, skip_corrupt=True, precision=args.precision)
-            features[images.name] = u.half()
-        common.write(path, features)
-    else:
+    features = {}
+    if os.path.isfile(path):
         features = load_file(path)
+    for images in (train, pool):
+        rows = list(range(len(images)))                     # those without a feature
+        if images.name in features:
+            rows = features[images.name][:, 0].isnan().nonzero().squeeze(1).tolist()
+        if rows:
+            part = replace(images, paths=images.paths[rows], labels=images.labels[rows])
+            u, = common.image_features(                     # (n, d) or (m, d), NaN if unreadable
+                [model], [preprocess], part, args, skip_corrupt=True, precision=args.precision)
+            features.setdefault(images.name, u.half())[rows] = u.half()
+            common.write(path, features)
     readable = (~features["pool"][:, 0].isnan()).nonzero().squeeze(1)               # (m',)
     query = features["train"][~features["train"][:, 0].isnan()].to(common.DEVICE)   # (n', d)
     nearest = retrieve(query, features["pool"][readable], args.k)                   # (n', k)
@@ -143,7 +150,7 @@ def main(argv=None):
         anchors.append(captions)
     if use_pairs:
         pool, pool_texts = read_pool(args.pool)
-        anchors.append((pool.paths.tolist(), pool_texts))
+        anchors.append([common.digest(pool), pool_texts])
     torch.manual_seed(args.seed)                            # seeds random initialisation
     model, crop, preprocess, tokenizer = common.load_model(args.model, args.pretrained)
     # The towers train in eval mode: BatchNorm keeps its statistics, and nothing is dropped.
@@ -153,10 +160,10 @@ def main(argv=None):
     saved = {"model": model, "optimizer": optimizer, "scaler": scaler}      # what last.pt holds
     common.prepare_towers(model, args)
 
-    run = common.Run(args, [train, *sets], *anchors)
+    run = common.Run(args, train, sets, *anchors)
     if "sets" in run.results:                               # the run in --out has ended
         return run.report()
-    if not run.results:                                     # unreadable images are found early
+    if "zero_shot" not in run.results:                      # unreadable images are found early
         zero_shot = common.evaluate(model, tokenizer, preprocess, sets, args)
         run.add_results({"zero_shot": zero_shot})
     if use_captions:

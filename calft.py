@@ -27,13 +27,13 @@ other in CE2, as in FLYP and in CaRot's code.
     torchrun --nproc_per_node 8 calft.py --data /imagenet          # the released recipe, eight GPUs
     python calft.py --oc 0 --sd 0 --cross-fnorm 0 --out out/flyp   # the baseline FLYP, CE2 alone
 """
+import common                                               # before torch, see its first lines
+
 import copy
 import math
 import signal
 
 import torch
-
-import common
 
 # ---- the loss ------------------------------------------------------------------------------------
 def orthogonality(W):
@@ -119,10 +119,10 @@ def main(argv=None):
     common.prepare_towers(model, args)
     common.prepare_towers(teacher, args)
 
-    run = common.Run(args, [train, *sets])
+    run = common.Run(args, train, sets)
     if "sets" in run.results:                               # the run in --out has ended
         return run.report()
-    if not run.results:                                     # unreadable images are found early
+    if "zero_shot" not in run.results:                      # unreadable images are found early
         zero_shot = common.evaluate(model, tokenizer, preprocess, sets, args)
         run.add_results({"zero_shot": zero_shot})
     run.restore(saved)                                      # if there is a checkpoint

@@ -25,6 +25,8 @@ lam = 1.
     torchrun --nproc_per_node 8 carft.py --data /imagenet          # ImageNet, on eight GPUs
     python carft.py --lam 0 --out out/ft                           # the baseline FT, CE alone
 """
+import common                                               # before torch, see its first lines
+
 import copy
 import json
 import math
@@ -32,8 +34,6 @@ import signal
 
 import torch
 import torch.nn.functional as F
-
-import common
 
 # ---- the loss ------------------------------------------------------------------------------------
 def context_head(E):
@@ -86,10 +86,10 @@ def main(argv=None):
     common.prepare_towers(model, args)
     common.prepare_towers(untuned, args)
 
-    run = common.Run(args, [train, *sets])
+    run = common.Run(args, train, sets)
     if "sets" in run.results:                               # the run in --out has ended
         return run.report()
-    if not run.results:                                     # unreadable images are found early
+    if "zero_shot" not in run.results:                      # unreadable images are found early
         zero_shot = common.evaluate(model, tokenizer, preprocess, sets, args)
         run.add_results({"zero_shot": zero_shot})
     run.restore(saved)                                      # if there is a checkpoint

@@ -9,6 +9,12 @@
 Shapes: N images in the global batch, n on this process (or in a set), K classes, M templates,
 L tokens, d features.
 """
+import os
+
+# Otherwise OpenMP's threads spin while they wait, and take the cores of everything else that runs.
+# It counts only before torch is imported, so the scripts import this module first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import contextlib
 import difflib
@@ -17,11 +23,12 @@ import hashlib
 import io
 import json
 import math
-import os
 import pathlib
 import shutil
 import sys
+import textwrap
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from operator import attrgetter
@@ -60,9 +67,18 @@ def fail(message):
 def say(message):
     """Print, by the first process only and above any progress bar."""
     if RANK == 0:
-        tqdm.write(message.encode(errors="replace").decode())           # names that are not UTF-8
+        tqdm.write(message)
 
 # ---- 1. models, features, heads and losses -------------------------------------------------------
+def read_weights(path, read=open_clip.factory.load_state_dict, **flags):
+    """Return {name: weight} of a file as open_clip reads it, without the prefixes that torch.compile
+    and DistributedDataParallel put before names."""
+    weights = read(path, **flags)
+    return {name.replace("_orig_mod.", "").removeprefix("module."): weight
+            for name, weight in weights.items()}
+
+open_clip.factory.load_state_dict = read_weights            # itself it knows "module." alone
+
 def load_model(name, pretrained, device=DEVICE):
     """Return open_clip's model in float32, preprocess_train and preprocess_val, which turn uint8
     (3, H, W) into uint8 (3, S, S), and the tokenizer.
@@ -84,10 +100,17 @@ def load_model(name, pretrained, device=DEVICE):
         if tag and bool(tag.get("quick_gelu")) != bool(config.get("quick_gelu")):
             fail(f"--pretrained {pretrained} is for another activation than --model {name}; add or "
                  "drop -quickgelu")
+        twin = name.removesuffix("-quickgelu")
+        if twin == name:
+            twin = f"{name}-quickgelu"
+        if isfile(pretrained) and open_clip.get_model_config(twin):
+            say(f"--pretrained {pretrained}: a file does not say its activation; be sure that it "
+                f"is of {name}, not of {twin}")
         model = open_clip.create_model(name, pretrained, device=device)
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as e:                                  # no network, a broken file: many kinds
-        fail(f"--model {name} --pretrained {pretrained!r}: {e}")
+        problem = textwrap.shorten(str(e), 300, placeholder=" ...")     # may list all weights
+        fail(f"--model {name} --pretrained {pretrained!r}: {problem}")
     # In training too: otherwise BatchNorm and drop path depend on how a batch is cut.
     model.eval()
     config = model.visual.preprocess_cfg
@@ -386,26 +409,54 @@ class ImageSet:
     def __len__(self):
         return len(self.paths)
 
-def visible(folder):
-    """Return the entries of a folder, sorted by name, without hidden ones."""
-    if not isdir(folder):
-        fail(f"{folder} is not a folder (expected images in {folder}/<class>/)")
-    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    return sorted(entries, key=attrgetter("name"))
+def list_folder(path):
+    """Return the paths of the folders and, as bytes, of the images in a folder, sorted, without
+    hidden ones. Raise OSError if it cannot be read."""
+    folders = []
+    images = []
+    for entry in sorted(os.scandir(path), key=attrgetter("name")):
+        if entry.name.startswith("."):
+            continue
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if entry.name.lower().endswith(IMG_EXTENSIONS) and not is_folder:
+            images.append(os.fsencode(entry.path))
+        elif isdir(entry.path):                             # a link to a folder is one, too
+            folders.append(entry.path)
+    return folders, images
 
-def image_files(folder):
-    """Return the sorted paths, as bytes, of the images in a folder."""
-    files = [entry for entry in visible(folder) if entry.name.lower().endswith(IMG_EXTENSIONS)]
-    return [os.fsencode(file.path) for file in files if not file.is_dir()]
+def images_below(folder, seen):
+    """Return the images in a folder and in all folders below it. `seen` holds the real paths of
+    folders to leave out, as links may form a loop; those visited are added."""
+    seen.add(realpath(folder))
+    folders, images = list_folder(folder)
+    for inner in folders:
+        if realpath(inner) not in seen:
+            images += images_below(inner, seen)
+    return images
 
-def scan(path):
-    """Return {class: paths of its images} of an image folder, path/<class>/*."""
-    found = {c.name: image_files(c.path) for c in visible(path) if c.is_dir()}
-    filled = {name: paths for name, paths in found.items() if paths}
-    if filled:                                              # otherwise it is not an image folder
-        for name in found.keys() - filled.keys():
-            say(f"warning: {path}/{name} holds no image and is skipped")
-    return filled
+def scan(path, is_asked_for=True):
+    """Return {class: paths of its images} of an image folder, path/<class>/*. Folders below a class
+    belong to it, but only if some class has images of its own: otherwise path is a folder of sets.
+    Where there are no images, end the program or, if nobody asked for them, return {}."""
+    found = {}
+    problem = f"no images in {path}/<class>/"
+    try:
+        classes, _ = list_folder(path)
+        if any(list_folder(c)[1] for c in classes):
+            real = pathlib.Path(realpath(path))
+            above = {str(real), *map(str, real.parents)}
+            found = {basename(c): images_below(c, set(above)) for c in classes}
+    except OSError as e:
+        found = {}
+        problem = f"{e.filename} cannot be read ({e.strerror})"
+    if not found and is_asked_for:
+        fail(f"{path}: {problem}. If it is a folder of image folders, give {path}/*")
+    if not found:
+        say(f"warning: {path} is skipped: {problem}")
+    for c, images in found.items():
+        if not images:
+            say(f"warning: {path}/{c} holds no image and is skipped")
+    return {c: images for c, images in found.items() if images}
 
 def flatten(found, classes):
     """Return the paths (n,) and labels (n,) of {class: paths}; labels are indices of classes."""
@@ -432,6 +483,14 @@ def read_rows(path, *columns):
         rows.append(row)
     return rows
 
+def listed_names(folders):
+    """Return {class folder: name} of the lines of classnames.txt in these folders; the first folder
+    that lists a class decides."""
+    names = {}
+    for folder in reversed(folders):
+        names.update(read_rows(f"{folder}/classnames.txt", "folder", "name"))
+    return names
+
 def find_texts(classes, folders, templates):
     """Return the class names (K) and templates (M) of which prompts are made.
 
@@ -440,52 +499,77 @@ def find_texts(classes, folders, templates):
     spaces for underscores. Templates come from templates.txt in the first of `folders` that has
     one; otherwise they are `templates`."""
     names = dict(zip(ImageNetInfo().label_names(), open_clip.IMAGENET_CLASSNAMES))
+    names.update(listed_names(folders))
     for folder in reversed(folders):
-        names.update(read_rows(f"{folder}/classnames.txt", "folder", "name"))
         own = [row[0] for row in read_rows(f"{folder}/templates.txt", "prompt")]
         if not all("{}" in template for template in own):
             fail(f"{folder}/templates.txt: expected a prompt with {{}} on each line")
         templates = own or templates
     return [names.get(c, c.replace("_", " ")) for c in classes], templates
 
-def match_classes(folders, path, train):
-    """Return for each class folder of a set the training classes that it covers, as a list of
-    indices, or None if some folder stands for a class that was not trained on.
+def match_classes(path, folders, train):
+    """Return {class folder: the names of the training classes that it covers} of a set.
 
-    By default a folder covers the training class of the same name. If the folders are exactly 0 to
-    K-1 and no training class is a number, they are indices (ImageNet-V2). path/classes.txt
-    (folder<TAB>training class[;training class...]) overrides both."""
-    index = {c: k for k, c in enumerate(train.classes)}
-    targets = {folder: [folder] for folder in folders}
-    numbers = {str(k): [c] for k, c in enumerate(train.classes) if not c.isdecimal()}
-    if set(folders) == numbers.keys():
-        targets = numbers
-    for folder, names in read_rows(f"{path}/classes.txt", "folder", "training class[;...]"):
-        targets[folder] = [name.strip() for name in names.split(";")]
-    columns = []
+    path/classes.txt (folder<TAB>training class[;training class...]) decides. Any other folder
+    covers the training class of its own name. Digits that no classnames.txt lists are numbers: of
+    training classes that are numbers, too (01 is 1), otherwise indices of the sorted training
+    classes (ImageNet-V2). End the program if they are neither."""
+    listed = dict(read_rows(f"{path}/classes.txt", "folder", "training class[;...]"))
+    named = {*train.classes, *listed_names([path, dirname(path)])}
+    numbers = {folder: int(folder) for folder in folders
+               if folder.isdecimal() and folder not in named}
+    class_of = {int(c): c for c in train.classes if c.isdecimal()}
+    are_indices = not class_of and len(numbers) == len(folders)
+    if are_indices:
+        class_of = dict(enumerate(train.classes))
+    covered = {}
     for folder in folders:
-        if not all(name in index for name in targets[folder]):
-            return None
-        columns.append([index[name] for name in targets[folder]])
-    return columns
+        if folder in listed:
+            covered[folder] = [name.strip() for name in listed[folder].split(";")]
+        elif folder not in numbers:
+            covered[folder] = [folder]
+        elif numbers[folder] in class_of:
+            covered[folder] = [class_of[numbers[folder]]]
+        else:
+            fail(f"{path}/{folder} is neither the name nor the index of a training class; write "
+                 f"{folder}<TAB>training class into {path}/classes.txt or, for a new class, "
+                 f"{folder}<TAB>name into {path}/classnames.txt")
+    if are_indices:
+        first, *_ = covered[folders[0]]
+        names = dict(zip(train.classes, train.classnames))
+        say(f"{path}: its folders are indices of the training classes; {folders[0]} is "
+            f"{names.get(first, first)}")
+    return covered
 
 def read_set(name, path, found, train, is_shift):
-    """Return the ImageSet of an image folder whose images are `found`, {class: paths}."""
-    classes = list(found)
+    """Return the ImageSet of an image folder whose images are `found`, {class: paths}. Folders that
+    cover the same training classes are one class, called after the first of them."""
+    index = {c: k for k, c in enumerate(train.classes)}
+    folders_of = {}                                         # {covered training classes: folders}
+    for folder, names in match_classes(path, list(found), train).items():
+        folders_of.setdefault(tuple(sorted(set(names))), []).append(folder)
+    times = Counter(name for names in folders_of for name in names)
+    shared = [";".join(names) for names in folders_of if max(times[name] for name in names) > 1]
+    if shared:
+        fail(f"{path}/classes.txt: these overlap, but are not the same: {', '.join(shared)}")
+    merged = {folders[0]: sum((found[folder] for folder in folders), [])
+              for folders in folders_of.values()}
+    columns = None
+    head = "zero-shot"
+    if times.keys() <= index.keys():
+        columns = [[index[name] for name in names] for names in folders_of]
+        head = "all" if len(columns) == len(index) else "subset"
+    classes = list(merged)
     texts = find_texts(classes, [path, dirname(path)], train.templates)
-    columns = match_classes(classes, path, train)
-    if columns is None:
-        head = "zero-shot"
-    else:
-        head = "all" if len(columns) == len(train.classes) else "subset"
     is_shift = is_shift and columns is not None
-    return ImageSet(name, classes, *texts, *flatten(found, classes), columns, head, is_shift)
+    return ImageSet(name, classes, *texts, *flatten(merged, classes), columns, head, is_shift)
 
 def hold_out(found, fraction, seed):
     """Split {class: paths} into the part for training and a fraction of each class for val. The
     order is that of a hash of seed and file name, so that one file more moves no other."""
     def hash_order(path):
-        return hashlib.md5(b"%d " % seed + basename(path)).digest()
+        return hashlib.md5(
+            b"%d " % seed + basename(path), usedforsecurity=False).digest()
     train = {}
     val = {}
     for c, paths in found.items():
@@ -495,26 +579,46 @@ def hold_out(found, fraction, seed):
         train[c] = sorted(ordered[n_val:])
     return train, val
 
+def warn_of_unused_lines(path, folders):
+    """Warn of lines of path/classnames.txt and path/classes.txt that belong to no class folder."""
+    for file in ("classnames.txt", "classes.txt"):
+        rows = read_rows(f"{path}/{file}", "folder", "...")
+        unused = [folder for folder, _ in rows if folder not in folders]
+        if unused:
+            say(f"warning: {path}/{file}: there is no folder for {len(unused)} of {len(rows)} "
+                f"lines, such as {unused[0]}")
+
 def read_data(args):
     """Read ROOT by --data, --train, --val and --eval: return the training set and the list of the
-    sets to score, of which val is the first."""
+    sets to score, of which val is the first. Where --train is empty, val stands in for it."""
     say(f"reading the image folders of {args.data}")
+    val = args.val or "val"
     of_train = {}
-    for name in args.train:
+    for name in args.train or [val]:
         for c, paths in scan(f"{args.data}/{name}").items():
             of_train.setdefault(c, []).extend(paths)
     classes = sorted(of_train)
     if len(classes) < 2:
-        fail(f"{args.data}/{args.train[0]} needs images of at least two classes, in <class>/*.jpg")
+        fail(f"{args.data}: training needs images of at least two classes, in <class>/*.jpg")
 
-    val = args.val or "val"
-    if args.val or isdir(f"{args.data}/{val}"):
+    of_root = {basename(folder): folder for folder in list_folder(args.data)[0]}
+    trained = [realpath(f"{args.data}/{name}") for name in args.train]
+    taken = {*trained, realpath(f"{args.data}/{val}")}
+    if len(taken) < len(args.train) + 1:
+        fail(f"--train {' '.join(args.train)} --val {val}: one folder is named twice")
+    if args.val or val in of_root:
         of_val = scan(f"{args.data}/{val}")
     else:
+        similar = [name for name in of_root.keys() - args.train
+                   if name.lower() in ("val", "valid", "validation")]
+        if similar:
+            fail(f"{args.data} has no folder val; did you mean --val {similar[0]}?")
         of_train, of_val = hold_out(of_train, args.val_frac, args.seed)
-    unknown = sorted(set(of_val) - set(classes))
-    if unknown or not any(of_val.values()):
-        fail(f"{args.data}/{val} has no images, or classes that training lacks: {unknown}")
+        if not any(of_val.values()):
+            fail(f"{args.data} has one training image a class, so none can be held out; add val/")
+    unknown = sorted(of_val.keys() - classes)
+    if unknown:
+        fail(f"{args.data}/{val} has classes that training lacks: {', '.join(unknown)}")
 
     openai_templates = [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     texts = find_texts(classes, [args.data], openai_templates)
@@ -522,23 +626,28 @@ def read_data(args):
     train = ImageSet("train", classes, *texts, *flatten(of_train, classes), columns, "all", False)
     sets = [ImageSet("val", classes, *texts, *flatten(of_val, classes), columns, "all", False)]
 
-    taken = {realpath(f"{args.data}/{name}") for name in [*args.train, val, "train", "val"]}
-    of_root = [(entry.name, entry.path) for entry in visible(args.data) if entry.is_dir()]
+    folders = set(classes)                                  # of all classes that are read
+    taken = {*taken, realpath(f"{args.data}/train"), realpath(f"{args.data}/val")}
     of_eval = [("/".join(path.split("/")[-2:]), path) for path in args.eval]
-    for name, path in of_root + of_eval:
+    for name, path in [*of_root.items(), *of_eval]:
+        if path in args.eval and realpath(path) in trained:
+            fail(f"--eval {path} is trained on")
         if realpath(path) in taken:                         # each folder is scored once
             continue
         taken.add(realpath(path))
-        found = scan(path)
+        found = scan(path, is_asked_for=path in args.eval)
         if found:
             sets.append(read_set(name, path, found, train, is_shift=name != "test"))
-        elif path in args.eval:
-            fail(f"--eval {path} has no images in {path}/<class>/; is it a folder of image "
-                 f"folders? Then give {path}/*")
-        else:
-            say(f"{path} is skipped: it has no images in {path}/<class>/")
+            warn_of_unused_lines(path, found)
+            folders.update(found)
+    warn_of_unused_lines(args.data, folders)
     if len({images.name for images in sets}) < len(sets):
         fail("--eval: two folders have the same name, and so have their parent folders")
+    for images in [train, *sets]:
+        twice = [name for name, count in Counter(images.classnames).items() if count > 1]
+        if twice and (images is train or images.head == "zero-shot"):
+            say(f"warning: {images.name}: two classes or more have the same name, so prompts "
+                f"cannot tell them apart: {', '.join(twice)}")
     return train, sets
 
 def decode(data):
@@ -546,22 +655,30 @@ def decode(data):
     image = Image.open(io.BytesIO(data))                    # reads the header, not the pixels
     short, long = sorted(image.size)
     if short * long > 89e6 or long > 100 * short:
-        raise ValueError("too large to decode and resize")
+        raise OverflowError("is too long or too large to be resized")
     try:
         x = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
     except (RuntimeError, ValueError):                      # a format that Pillow alone knows
+        if image.mode[0] in "IF":                           # Pillow would clip all above 8 bits
+            is_scaled = image.format == "PPM"               # to 16 bits, by Pillow
+            if not is_scaled and (image.mode in "IF" or "I;12" in str(image.tile)):
+                raise                                       # nobody knows what is white
+            image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
         return v2.functional.pil_to_tensor(image.convert("RGB"))
     if x.ndim == 4:
         x = x[0]                                            # the first frame of an animation
     return v2.functional.to_dtype(x, torch.uint8, scale=True)           # from 16 bits
 
 def read_image(path):
-    """Return (uint8 RGB (3, H, W), True), or (black, False) if the file cannot be read or would
-    fill the memory. Orientation tags are ignored, as by open_clip."""
+    """Return (uint8 RGB (3, H, W), "") or, if the file cannot be read or would fill the memory,
+    (black, what is wrong with it). Orientation tags are ignored, as by open_clip."""
     try:
-        return decode(pathlib.Path(os.fsdecode(path)).read_bytes()), True
+        return decode(pathlib.Path(os.fsdecode(path)).read_bytes()), ""
+    except OverflowError as e:
+        problem = str(e)
     except Exception:                                       # Pillow's plugins raise many kinds
-        return torch.zeros(3, 8, 8, dtype=torch.uint8), False
+        problem = "cannot be read"
+    return torch.zeros(3, 8, 8, dtype=torch.uint8), problem
 
 @functools.lru_cache(2)
 def epoch_order(seed, epoch, n):
@@ -593,11 +710,11 @@ class TrainImages:
         """Return the first readable row from `drawn` on, and its image."""
         for row in range(drawn, drawn + 100):
             row %= len(self.images)
-            image, readable = read_image(self.images.paths[row])
-            if readable:
+            image, problem = read_image(self.images.paths[row])
+            if not problem:
                 return row, image
             path = os.fsdecode(self.images.paths[row])
-            warnings.warn(f"{path!r} cannot be read; the next image takes its place")
+            warnings.warn(f"{path!r} {problem}; the next image takes its place")
         raise OSError(f"100 training images in a row cannot be read, such as {path!r}")
 
 @dataclass
@@ -608,10 +725,10 @@ class EvalImages:
     skip_corrupt: bool
 
     def __getitem__(self, row):
-        image, readable = read_image(self.images.paths[row])
-        if not readable and not self.skip_corrupt:
-            raise OSError(f"{os.fsdecode(self.images.paths[row])!r} cannot be read; remove it")
-        return [preprocess(image) for preprocess in self.preprocesses], readable
+        image, problem = read_image(self.images.paths[row])
+        if problem and not self.skip_corrupt:
+            raise OSError(f"{os.fsdecode(self.images.paths[row])!r} {problem}; remove it")
+        return [preprocess(image) for preprocess in self.preprocesses], not problem
 
 def load(data, indices, batch_size, args, title=None):
     """Yield batches of data[i] for the indices of this process; batch_size is of all processes.
@@ -641,6 +758,9 @@ def make_parser(doc, out):
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                  # unlike a notebook's
+            stream.reconfigure(errors="replace")            # what a terminal cannot print
     precision = "fp32"
     if DEVICE.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -655,7 +775,13 @@ def make_parser(doc, out):
     add("--out", default=out, help="folder for everything that is written (%(default)s)")
     add_number(parser, "--seed", 0, "seed of all randomness")
     add_number(parser, "--batch-size", 512, "global batch size, over all GPUs")
-    add_number(parser, "--workers", min(8, os.cpu_count()), "loader processes for each GPU")
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):                    # those that this process may use
+        cores = len(os.sched_getaffinity(0))
+    workers = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if DEVICE.type == "cpu":
+        workers -= torch.get_num_threads()                  # which compute on the other cores
+    add_number(parser, "--workers", min(max(workers, 0), 16), "loader processes for each GPU")
     add("--precision", choices=["fp32", "bf16", "fp16"], default=precision, help="(%(default)s)")
     return parser
 
@@ -747,7 +873,10 @@ def read_json(path):
     """Return the content of a JSON file, or {} if there is none."""
     if not isfile(path):
         return {}
-    return json.loads(pathlib.Path(path).read_text())
+    try:
+        return json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as e:
+        fail(f"{path} is damaged ({e}); remove it")
 
 def write(path, content, **metadata):
     """Write {name: tensor} to a .safetensors file, with metadata of strings, or JSON to another."""
@@ -768,20 +897,28 @@ def export(model, name, path):
     write(f"{path}/open_clip_model.safetensors", model.state_dict())
     write(f"{path}/open_clip_config.json", about)
 
-# Flags that may differ when a run continues. accum and compile change only its rounding.
-FREE = "out workers log_every save_every eval_every overwrite accum compile".split()
+def digest(images):
+    """Return a hash of a set: of its images, by folder and name, of their classes and texts. It is
+    the same if the set lies elsewhere."""
+    files = [path.split(b"/")[-2:] for path in images.paths.tolist()]
+    about = (files, images.labels.tolist(), images.classnames, images.templates, images.columns)
+    return hashlib.sha256(repr(about).encode()).hexdigest()
+
+# Flags that may differ when a run continues: where its data are, which sets are scored, and what
+# changes only the rounding. The training images and texts themselves must be the same.
+PLACES = "data val val_frac eval captions pool".split()
+FREE = [*PLACES, *"out workers log_every save_every eval_every overwrite accum compile".split()]
 FILES = "results.json last.pt log.jsonl model teacher head.safetensors features.safetensors".split()
 
 class Run:
     """The files of a run in --out. results is the content of results.json, and first_step the step
     to begin with: 0, or where the last checkpoint was written."""
-    def __init__(self, args, sets, *texts):
+    def __init__(self, args, train, sets, *texts):
         """Continue the run in --out, or begin one. End the program if --out holds another."""
         self.args = args
         self.path = pathlib.Path(args.out)
-        about = [(s.name, s.paths.tolist(), s.classnames, s.templates, s.columns) for s in sets]
-        digest = hashlib.sha256(repr((about, texts)).encode()).hexdigest()
-        settings = {**vars(args), "images and texts": digest}
+        trained_on = hashlib.sha256(repr((digest(train), texts)).encode()).hexdigest()
+        settings = {**vars(args), "training images and texts": trained_on}
         old = read_json(self.path / "args.json")
         changed = [f"{name.replace('_', '-')} {old.get(name)}" for name in settings
                    if name not in FREE and old.get(name) != settings[name]]
@@ -789,23 +926,38 @@ class Run:
         if files and changed and not args.overwrite:
             fail(f"--out {args.out} holds a run with other settings ({', '.join(changed)}); choose "
                  "another --out or add --overwrite")
-        if RANK == 0 and (args.overwrite or not files):
-            for file in files:                              # old ones would pass for the new run's
-                if file.is_dir():
-                    shutil.rmtree(file)
-                else:
-                    file.unlink()
+        if RANK == 0:
+            if args.overwrite or not files:
+                old = settings
+                for file in files:                          # old ones would pass for the new run's
+                    if file.is_dir():
+                        shutil.rmtree(file)
+                    else:
+                        file.unlink()
+            places = {name: settings[name] for name in PLACES if name in settings}
             # Last: until then a folder that is half empty belongs to the old run.
-            write(self.path / "args.json", settings)
+            write(self.path / "args.json", {**old, **places})
         if WORLD > 1:
             dist.barrier()                                  # the other processes wait for that
 
-        self.results = read_json(self.path / "results.json")
+        checkpoint = self.path / "last.pt"
         self.checkpoint = {"step": 0, "log": ""}
-        if (self.path / "last.pt").exists():
-            self.checkpoint = torch.load(
-                self.path / "last.pt", "cpu", mmap=True, weights_only=True)
+        if checkpoint.exists():
+            try:
+                self.checkpoint = torch.load(checkpoint, "cpu", mmap=True, weights_only=True)
+            except Exception as e:                          # of many kinds
+                fail(f"{checkpoint} is damaged ({textwrap.shorten(str(e), 200)}); remove it, and "
+                     "the run begins anew")
         self.first_step = self.checkpoint["step"]
+        self.results = read_json(self.path / "results.json")
+        scored = {images.name: digest(images) for images in sets}
+        if self.results.get("scored", scored) != scored:
+            if "sets" in self.results and not self.first_step:
+                fail(f"the sets to score have changed, and {checkpoint} is gone; score them by "
+                     f"evaluate.py --model {args.out}")
+            say(f"the sets to score have changed since {args.out} was scored: all are scored again")
+            self.results = {}
+        self.results["scored"] = scored
         facts = gather(torch.tensor([[self.first_step, len(self.results)]], device=DEVICE))
         if len(facts.unique(dim=0)) > 1:
             fail(f"--out {args.out} is not the same folder for all processes")
@@ -848,8 +1000,11 @@ class Run:
         steps_per_s = self.bar.format_dict["rate"] or 0     # None at the start
         line = {"step": step, **values, "images_per_s": steps_per_s * self.args.batch_size}
         if RANK == 0:
-            with open(self.path / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
+            try:
+                with open(self.path / "log.jsonl", "a") as f:
+                    f.write(json.dumps(line) + "\n")
+            except OSError as e:
+                fail(f"{self.path}/log.jsonl cannot be written ({e}); last.pt is kept")
 
     def save(self, step, saved):
         """Write last.pt: the state of saved, {name: what has a state_dict}, after `step` steps, and

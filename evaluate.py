@@ -11,6 +11,8 @@ A model is the folder of a run, local-dir:PATH, or an open_clip name with --pret
 as the training scripts score it: by the zero-shot head of its text tower, or by the head that
 carft.py trained, if that has the classes of this ROOT. Each image is decoded once for all models.
 """
+import common                                               # before torch, see its first lines
+
 import copy
 import importlib.util
 import json
@@ -20,13 +22,12 @@ import signal
 from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-
-import common
 
 # ---- measures ------------------------------------------------------------------------------------
 def fit_temperature(logits, labels):
@@ -49,7 +50,7 @@ def sigma_min(features):
     dimension standardised. CaRot's theory bounds errors under shift by its inverse (section 3)."""
     x = features.double()
     deviation = x.std(0)
-    if not deviation.all():                                 # a constant dimension
+    if len(x) < 2 or not deviation.all():                   # a constant dimension
         return 0.0
     x = (x - x.mean(0)) / deviation
     return torch.linalg.svdvals(x.T @ x / (len(x) - 1))[-1].item()
@@ -84,9 +85,10 @@ def check_run(source, run, args, sets):
     tuned = [realpath(f"{args.data}/{name}") for name in run["train"]]
     is_held_out = not args.val and not Path(args.data, "val").is_dir()
     for images in sets[int(is_held_out):]:                  # val may be held out of these folders
-        folder = realpath(Path(os.fsdecode(images.paths[0])).parent.parent)
-        if folder in tuned:
-            common.fail(f"{source} was tuned on {folder}, which is to be scored; see its --train")
+        for folder in map(realpath, Path(os.fsdecode(images.paths[0])).parents):
+            if folder in tuned:
+                common.fail(f"{source} was tuned on {folder}, which is to be scored; see its "
+                            "--train")
     for flag in ("train", "val", "val_frac", "seed"):
         if is_held_out and run[flag] != getattr(args, flag):
             common.fail(f"{source} was tuned on images that are held out as val now; its flags had "
@@ -143,8 +145,8 @@ def load(name, args, sets):
 
 # ---- what is shown -------------------------------------------------------------------------------
 def filename(title):
-    """Return a title as the name of a file."""
-    return title.replace("/", "_").replace(" ", "_")
+    """Return a title as the name of a file: no two titles have the same."""
+    return quote(title, safe=" ")
 
 def reliability(axis, confidence, correct, title):
     """Draw a reliability diagram of confidence (n,) and correct (n,): accuracy in 15 equal bins."""
@@ -169,7 +171,9 @@ def plot(folder, candidates, columns, outcomes):
         tall = math.ceil(len(sets) / 4)
         figure = plt.figure(figsize=(10.4, 2.8 * tall), layout="constrained")
         for i, (name, outcome) in enumerate(sets.items(), 1):
-            reliability(figure.add_subplot(tall, 4, i), *outcome, name)
+            correct = outcome["prediction"] == outcome["label"]
+            axis = figure.add_subplot(tall, 4, i)
+            reliability(axis, outcome["confidence"], correct, name)
         with common.replacing(f"{folder}/reliability_{filename(candidate.title)}.png") as f:
             figure.savefig(f, dpi=120)
 
@@ -211,8 +215,9 @@ def print_mean(folders):
 
 # ---- the program ---------------------------------------------------------------------------------
 def score(candidates, sets, args):
-    """Score all candidates on all sets: return the columns of the table, {title: summary}, what
-    the plots show, {title: {set: (confidence (n,), correct (n,))}}, and notes, a list of lines."""
+    """Score all candidates on all sets: return the columns of the table, {title: summary}, the
+    outcomes, {title: {set: {path, label, prediction, confidence: (n,) each, classes: (K,)}}}, and
+    notes, a list of lines."""
     models = [candidate.model for candidate in candidates]
     preprocesses = [candidate.preprocess for candidate in candidates]
     outcomes = {candidate.title: {} for candidate in candidates}
@@ -251,13 +256,12 @@ def score(candidates, sets, args):
                     images, logits / T, labels)
 
             confidence, prediction = logits.softmax(-1).max(-1)
-            outcomes[title][images.name] = confidence.numpy(), (prediction == labels).numpy()
-            if args.predictions and common.RANK == 0:
-                paths = np.char.decode(images.paths[is_readable], "utf-8", "replace")
-                file = f"{args.predictions}/{filename(title)}/{filename(images.name)}.npz"
-                with common.replacing(file) as f:
-                    np.savez(f, path=paths, label=labels, prediction=prediction,
-                             confidence=confidence, classes=images.classes)
+            outcomes[title][images.name] = {
+                "path": images.paths[is_readable],          # as bytes
+                "label": labels.numpy(),
+                "prediction": prediction.numpy(),
+                "confidence": confidence.numpy(),
+                "classes": np.array(images.classes)}
     columns = {title: {**common.summary(sets, scores_of[title]), **facts[title]} for title in facts}
     return columns, outcomes, notes
 
@@ -289,19 +293,39 @@ def main(argv=None):
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         common.fail("--plot needs matplotlib: pip install matplotlib")
     if not Path(args.data, args.train[0]).is_dir():
-        args.train = [args.val or "val"]                    # its classes stand in for training's
+        args.train = []                                     # val's classes stand in for training's
 
     _, sets = common.read_data(args)                        # val, then all others
     candidates = []
     for name in np.ravel(args.model):                       # the toy's is a single name
         candidates += load(name, args, sets)
+    # Before scoring, so that a folder that cannot be written is found early.
+    digests = {images.name: common.digest(images) for images in sets}
+    file = Path(args.out, "results.json")
+    older = common.read_json(file)
+    if older and common.read_json(f"{args.out}/sets.json") != digests:
+        older = {}
+        kept = file.with_name(f"results-{int(file.stat().st_mtime)}.json")
+        common.say(f"{file} is of other sets; it is kept as {kept.name}")
+        if common.RANK == 0:
+            file.rename(kept)
+    for folder in (args.out, args.predictions or args.out):
+        common.write(f"{folder}/sets.json", digests)
+
     columns, outcomes, notes = score(candidates, sets, args)
-    common.write(f"{args.out}/results.json", columns)
     titles = list(columns)
     for i in range(0, len(titles), 2):                      # two models are 100 columns wide
         page = {title: columns[title] for title in titles[i:i + 2]}
         common.say("\n" + common.table(page))
     common.say("\n".join(notes))
+    common.write(file, {**older, **columns})                # what other titles have stays
+    if args.predictions and common.RANK == 0:
+        for title, sets_of in outcomes.items():
+            for name, outcome in sets_of.items():
+                outcome["path"] = np.char.decode(outcome["path"], "utf-8", "replace")
+                path = f"{args.predictions}/{filename(title)}/{filename(name)}.npz"
+                with common.replacing(path) as f:
+                    np.savez(f, **outcome)
     if args.plot and common.RANK == 0:
         plot(args.plot, candidates, columns, outcomes)
 

@@ -24,6 +24,9 @@ test_cuda.py), not measured:
   clipping multiplies by a number that stays there. Gradients are averaged after the backward pass.
 - Scoring: the features of each set, in float32 without TF32, and each batch of a head's prompts.
 """
+from loops import METHODS, REPO, activations, lone_loop, operations, without_data
+import common                                               # before torch, see its first lines
+
 import argparse
 import gc
 import itertools
@@ -43,9 +46,6 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-
-from loops import METHODS, REPO, activations, lone_loop, operations, without_data
-import common  # noqa: E402
 
 OUT = f"{REPO}/out/bench"
 GPU = common.DEVICE.type == "cuda"

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Tiny roots and tiny CLIPs for the tests."""
+import os
+import sys
+
+# Before torch is imported: threads that wait should sleep, and so do those of child processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# All tests run on the CPU. Only test_cuda.py, named alone, has the card.
+if not any("test_cuda.py" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import functools
 import json
 import math
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +89,16 @@ def log(out, epochs=False):
     lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
     lines = [line for line in lines if ("val_top1" in line) == epochs]
     return [{k: line[k] for k in line if k != "images_per_s"} for line in lines]
+
+def fails(main, arguments, *words):
+    """Assert that main ends the program with one line that has all the words."""
+    with pytest.raises(SystemExit, match=r"^error: .*\Z") as e:
+        main(arguments)
+    assert all(word in e.value.code for word in words), e.value.code
+
+def content(folder):
+    """Return {path: bytes} of all files with a suffix in a folder."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*.*") if path.is_file()}
 
 def environment():
     """Return the environment of a process that rounds as this one does: on as many threads."""

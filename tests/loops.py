@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Run each script's own loop on random images, and count what a step costs, without a GPU."""
-import importlib
 import os
 import sys
+
+REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, REPO)
+import common  # noqa: E402, F401                            before torch, see its first lines
+
+import importlib
 import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,8 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-REPO = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, REPO)
 # The script of each method, and the flags that make it that method.
 METHODS = {
     "FT": ("carft", "--lam", "0"),

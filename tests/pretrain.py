@@ -16,11 +16,16 @@ Images are links to the originals. The CLIP is pretrained from scratch on the ot
 cartoons and sketches and on 12,000 CIFAR-10 images: a ResNet-10 at 64 x 64, 8 million parameters,
 of which the table of tokens stays as it was initialised. 1,843 steps are 19 epochs.
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import common  # noqa: E402                                  before torch, see its first lines
+import calft  # noqa: E402
+
 import argparse
 import math
-import os
 import shutil
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -30,10 +35,6 @@ import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as VF
 from tqdm import tqdm
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import calft  # noqa: E402
-import common  # noqa: E402
 
 # The captions of a domain are those of CLIP's 80 templates that hold one of these.
 WORDS = {"art_painting": ["painting of", "art of", "rendition of"],
@@ -57,8 +58,6 @@ def read(path):
     """Return the images in path/<class>/* as an ImageSet."""
     found = common.scan(path)
     classes = list(found)
-    if not classes:
-        common.fail(f"{path} has no images in {path}/<class>/")
     names = [c.replace("_", " ") for c in classes]
     paths, labels = common.flatten(found, classes)
     return common.ImageSet(
@@ -96,9 +95,9 @@ def in_memory(images):
     """Return all images, cut to squares with sides of 72: uint8 (n, 3, 72, 72)."""
     out = torch.empty(len(images), 3, STORED, STORED, dtype=torch.uint8)
     for i in tqdm(range(len(images)), f"reading {images.name}", unit="image", leave=False):
-        x, readable = common.read_image(images.paths[i])
-        if not readable:
-            common.fail(f"{os.fsdecode(images.paths[i])} cannot be read")
+        x, problem = common.read_image(images.paths[i])
+        if problem:
+            common.fail(f"{os.fsdecode(images.paths[i])} {problem}")
         x = VF.resize(x, [STORED], InterpolationMode.BICUBIC, antialias=True)
         out[i] = VF.center_crop(x, [STORED, STORED])
     return out

@@ -252,9 +252,9 @@ def test_read_image(tmp_path, name):
     else:
         image.save(tmp_path / name, form, **how)
         image = Image.open(tmp_path / name)
-    x, readable = common.read_image(str(tmp_path / name))
+    x, problem = common.read_image(str(tmp_path / name))
     expected = np.asarray(image.convert("RGB"))
-    assert readable and x.dtype == torch.uint8 and x.shape == (3, 32, 40)
+    assert not problem and x.dtype == torch.uint8 and x.shape == (3, 32, 40)
     assert np.abs(x.permute(1, 2, 0).numpy().astype(int) - expected).mean() <= 1
 
 def test_evaluation_transform_is_open_clips(tmp_path, clip):
@@ -339,7 +339,7 @@ def test_which_training_class_a_folder_is(tmp_path):
     folders = [int(path.split("/")[-2]) for path in paths(v2)]
     assert [v2.columns[k] for k in v2.labels] == [[folder] for folder in folders]
     assert folders[2] == 10 and v2.head == "all" and v2.is_shift
-    assert sets["ten"].columns is None
+    assert sets["ten"].columns == [[k] for k in range(10)] and sets["ten"].head == "subset"
     joined = sets["joined"]
     assert joined.classes == ["7", "c03", "cups"]
     assert joined.columns == [[7], [4], [1, 2]]
@@ -360,22 +360,81 @@ def test_imagenets_shifts_by_wnid(tmp_path):
         lists[name] = sorted(text.split())
     for name, classes in lists.items():
         write_images(tmp_path / name, classes, 1, size=(2, 2))
-    sets = read(tmp_path, train=["val"])[1]
+    sets = read(tmp_path, train=[])[1]
     assert sets["val"].classnames == list(open_clip.IMAGENET_CLASSNAMES)
     for name in ("imagenet_r", "imagenet_a"):
         assert len(sets[name].columns) == 200
         assert sets[name].classes == lists[name]
         assert [lists["val"][k] for k, in sets[name].columns] == lists[name]
 
-def test_numbers_that_are_training_classes_are_names(tmp_path):
-    """Match the folder 10 with the training class 10, which is the third when sorted. As indices
-    they would shift all classes silently."""
-    numbers = [str(k) for k in range(12)]
-    for name in ("train", "val", "sketch"):
-        write_images(tmp_path / name, numbers, 1)
+NUMBERS = [str(k) for k in range(12)]
+NAMES = [f"c{k:02d}" for k in range(12)]
+
+@pytest.mark.parametrize("trained, folders, expected", [
+    (NUMBERS, NUMBERS, NUMBERS),                            # when sorted, 10 is the third
+    ("0123456", "012345", "012345"),
+    ("234", "432", "432"),
+    (["1", "2", "x"], ["01", "002", "x"], ["1", "2", "x"]),
+    (["01", "02", "10"], ["1", "2", "10"], ["01", "02", "10"]),
+    (NAMES, NUMBERS, NAMES),
+    (NAMES, ["3", "7"], ["c03", "c07"]),
+    (NAMES, ["00", "03", "11"], ["c00", "c03", "c11"]),
+    ("1234567", "0123456", "0"),                            # what no number fits is named
+    ("234", "012", "0"), (["0", "1", "10"], "012", "2"), (NAMES, NUMBERS[1:] + ["12"], "12"),
+    (NAMES, ["0", "1", "c02"], "0"), (NAMES, NUMBERS + ["zebra"], "0"), ("12", "123", "3")])
+def test_numbers(tmp_path, capsys, trained, folders, expected):
+    """Match digits with training classes that are numbers, by value, or as indices of names. As
+    names of new classes, or off by one, they would be scored silently wrong."""
+    write_images(tmp_path / "train", trained, 2, size=(2, 2))
+    write_images(tmp_path / "shift", folders, 1, size=(2, 2))
+    if isinstance(expected, str) and len(expected) < 3:
+        with pytest.raises(SystemExit, match=f"^error: .*/shift/{expected} .*/shift/classes.txt "
+                           ".*/shift/classnames.txt$"):
+            read(tmp_path)
+        return
     train, sets = read(tmp_path)
-    columns = dict(zip(sets["sketch"].classes, sets["sketch"].columns))
-    assert {c: train.classes[k] for c, (k,) in columns.items()} == {c: c for c in numbers}
+    shift = sets["shift"]
+    covered = {c: train.classes[k] for c, (k,) in zip(shift.classes, shift.columns)}
+    assert covered == dict(zip(folders, expected))
+    said = " its folders are indices of the training classes; 0"
+    assert (said in capsys.readouterr().out) == (trained == NAMES and "3" != folders[0])
+
+def test_numbers_that_are_names(tmp_path):
+    """Take digits that a classnames.txt lists for names, and those in classes.txt as it says."""
+    write_images(tmp_path / "train", "abc", 2, size=(2, 2))
+    write_images(tmp_path / "shift", "0123", 1, size=(2, 2))
+    (tmp_path / "shift" / "classnames.txt").write_text("".join(f"{k}\tno {k}\n" for k in range(4)))
+    shift = read(tmp_path)[1]["shift"]
+    assert shift.columns is None and shift.classnames == ["no 0", "no 1", "no 2", "no 3"]
+    os.rename(tmp_path / "shift" / "classnames.txt", tmp_path / "classnames.txt")
+    assert read(tmp_path)[1]["shift"].columns is None
+    os.remove(tmp_path / "classnames.txt")
+    (tmp_path / "shift" / "classes.txt").write_text("3\ta;b\n0\tc\n1\td\n2\te\n")
+    assert read(tmp_path)[1]["shift"].columns is None
+    (tmp_path / "shift" / "classes.txt").write_text("3\ta\n0\tc\n")
+    shift = read(tmp_path)[1]["shift"]                      # 1 and 2 are indices
+    assert shift.classes == ["0", "1", "3"] and shift.columns == [[2], [1], [0]]
+    assert shift.labels.tolist() == [0, 0, 1, 2]
+
+def test_folders_of_one_class(tmp_path):
+    """Count folders that cover the same training classes as one class, whose images are those of
+    all: two columns of one class would never agree which is the largest."""
+    write_images(tmp_path / "train", ["cat", "dog", "eel"], 2, size=(2, 2))
+    write_images(tmp_path / "pets", ["cat", "hound", "siamese", "tabby"], 2, size=(2, 2))
+    write_images(tmp_path / "new", ["fox", "siamese", "tabby"], 2, size=(2, 2))
+    lines = "tabby\tcat\nsiamese\tcat; cat\nhound\teel;dog\n"
+    (tmp_path / "pets" / "classes.txt").write_text(lines)
+    (tmp_path / "new" / "classes.txt").write_text("tabby\tcat\nsiamese\tcat\n")
+    sets = read(tmp_path)[1]
+    pets = sets["pets"]
+    assert pets.classes == ["cat", "hound"] and pets.columns == [[0], [1, 2]]
+    assert [path.split("/")[-2] for path in paths(pets)] == [
+        "cat", "cat", "siamese", "siamese", "tabby", "tabby", "hound", "hound"]
+    assert pets.labels.tolist() == [0] * 6 + [1] * 2
+    assert sets["new"].columns is None and sets["new"].labels.tolist() == [0, 0, 1, 1, 1, 1]
+    (tmp_path / "pets" / "classes.txt").write_text(lines + "tabby\tcat; dog\n")
+    with pytest.raises(SystemExit, match="pets/classes.txt: .*: cat, dog;eel, cat;dog$"):
+        read(tmp_path)
 
 def test_val_held_out(tmp_path):
     """Hold out a part of each class where there is no val/, drawn by seed, so that one file more
@@ -415,7 +474,7 @@ def test_what_is_skipped(tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if " is skipped" in line]
     assert said == [
         f"warning: {tmp_path}/train/empty holds no image and is skipped",
-        f"{tmp_path}/imagenet-c is skipped: it has no images in {tmp_path}/imagenet-c/<class>/"]
+        f"warning: {tmp_path}/imagenet-c is skipped: no images in {tmp_path}/imagenet-c/<class>/"]
 
 def test_eval_elsewhere(tmp_path, tiny_root):
     """Call what --eval names by parent and name, and score each folder once. A folder of image
@@ -436,5 +495,5 @@ def test_eval_elsewhere(tmp_path, tiny_root):
     same = [str(far / "c" / "snow" / "5"), str(far / "other" / "c" / "snow" / "5")]
     with pytest.raises(SystemExit, match="error: --eval: two folders have the same name"):
         read(tiny_root, eval=same)
-    with pytest.raises(SystemExit, match=r"^error: --eval .*far/c/fog has no .* give .*/fog/\*$"):
+    with pytest.raises(SystemExit, match=r"^error: .*far/c/fog: no images in .* give .*/fog/\*$"):
         read(tiny_root, eval=[str(far / "c" / "fog")])

@@ -23,8 +23,8 @@ import calft
 import carft
 import common
 import evaluate
-from conftest import (REPO, argv, assert_processes_are_one, assert_same_run, environment, log, run,
-                      weights, write_images)
+from conftest import (REPO, argv, assert_processes_are_one, assert_same_run, content, environment,
+                      fails, log, run, weights, write_images)
 
 SCRIPTS = {"calft": calft, "carft": carft, "anchor": anchor, "evaluate": evaluate}
 
@@ -56,19 +56,9 @@ def kill(process, out, lines, number):
         time.sleep(0.005)
     os.killpg(process.pid, number)
 
-def fails(main, arguments, *words):
-    """Assert that main ends the program with one line that has all the words."""
-    with pytest.raises(SystemExit, match=r"^error: .*\Z") as e:
-        main(arguments)
-    assert all(word in e.value.code for word in words), e.value.code
-
 def last_step(out):
     """Return the number of steps after which the last checkpoint was written."""
     return torch.load(f"{out}/last.pt", weights_only=True)["step"]
-
-def content(folder):
-    """Return {path: bytes} of all files with a suffix in a folder."""
-    return {path: path.read_bytes() for path in Path(folder).rglob("*.*") if path.is_file()}
 
 # ---- kills ---------------------------------------------------------------------------------------
 IN_THE_THIRD_SAVE = """
@@ -251,7 +241,7 @@ def test_nothing_of_another_run_is_overwritten(tiny_root, clip, tmp_path, monkey
     for file, text in (("classnames.txt", "ant\tpismire\n"), ("train/bee/more.png", ""),
                        ("templates.txt", "one {}.\n")):
         (root / file).write_text(text)
-        fails(calft.main, arguments, "(images and texts ", "--overwrite")
+        fails(calft.main, arguments, "(training images and texts ", "--overwrite")
         os.remove(root / file)
     shutil.copy(f"{tiny_root}/templates.txt", root)
     monkeypatch.delattr(common, "image_features")
@@ -302,8 +292,8 @@ def test_images_that_cannot_be_read(tmp_path, monkeypatch, data):
     convert = Image.Image.convert
     decoded = []
     monkeypatch.setattr(Image.Image, "convert", lambda *a: decoded.append(a) or convert(*a))
-    x, readable = common.read_image(str(path))
-    assert not readable and not x.any() and x.shape == (3, 8, 8)
+    x, problem = common.read_image(str(path))
+    assert problem and not x.any() and x.shape == (3, 8, 8)
     assert bool(decoded) == (data == b"P5 40 30 255\n")     # which is cut off: no pixels
 
 @pytest.fixture
@@ -446,7 +436,7 @@ MISTAKES = [                                                # flags, and words o
     ("calft --data TINY/train", "train/train"),
     ("calft --data BADNAMES", "classnames.txt", "folder<TAB>name"),
     ("calft --data BADTEMPLATES", "templates.txt", "{}"),
-    ("calft --train train/ant", "train/ant", "two classes"),
+    ("calft --train train/ant", "train/ant", "no images"),
     ("calft --val other", "other", "fox"),
     ("calft --eval /nowhere", "/nowhere"),
     ("calft --eval TINY", "TINY/*"),

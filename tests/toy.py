@@ -16,12 +16,17 @@ in five, in the other styles never: a robust method should not lean on it.
 
 The CLIP is pretrained on images of all styles and classes: its zero-shot head works everywhere.
 """
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+import common  # noqa: E402                                  before torch, see its first lines
+
 import contextlib
 import hashlib
 import json
 import math
-import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -32,10 +37,6 @@ import torch.nn.functional as F
 import torchvision
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-import common  # noqa: E402
 
 WEIGHTS = f"{HERE}/toy_clip.safetensors"
 SHAPES = "circle square triangle star heart cross ring moon".split()
