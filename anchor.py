@@ -180,6 +180,8 @@ def main(argv=None):
             common.fail(f"{len(pairs)} retrieved pairs are too few; give a larger --k")
         pair_args = copy.copy(args)
         pair_args.batch_size = R
+        pair_args.workers = args.workers // 2               # there are two loaders
+        args.workers -= pair_args.workers
         pair_args.seed += 2 ** 63                           # no --seed is that large
         pair_batches = common.train_loader(pairs, crop, pair_args, run.first_step, total)
     run.restore(saved)                                      # after retrieval by the untuned model
@@ -236,9 +238,12 @@ def main(argv=None):
             run.log(step, val_top1=val["top1"], val_ece=val["ece"])
 
     common.export(model, args.model, run.path / "model")    # before scoring, which may fail
-    run.add_results(common.evaluate(model, tokenizer, preprocess, sets, args))
+    head = common.zero_shot_head(model, tokenizer, train)
+    common.export_head(head, model, train, run.path / "head.safetensors", is_trained=False)
+    run.add_results(common.evaluate(model, tokenizer, preprocess, sets, args, head))
     run.report()
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C ends the run at once
     main()
+    common.end_processes()

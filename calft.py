@@ -56,6 +56,18 @@ def ema_momentum(step, total_steps):
     """Return m after `step`: it rises from 0.05 to 0.9 over the first fifth of the run."""
     return 0.05 + (0.9 - 0.05) * min(1.0, step / (0.2 * total_steps))
 
+def beta_momentum(update, n_updates, beta):
+    """Return m of update k = 1, 2, ... of a run with that many, so that the teacher is the mean of
+    the untuned weights and of those at the updates, weighted by the density of Beta(beta, beta)
+    over the run: m = 1 - w_k / (w_0 + ... + w_k), w_k = (t (1 - t))^(beta - 1), t = (k + 1/2) / (K
+    + 1). From TRACER's code, where it follows each step; in float32 a mean of so many stands
+    still."""
+    density = []
+    for k in range(update + 1):
+        t = (k + 0.5) / (n_updates + 1)
+        density.append((t * (1 - t)) ** (beta - 1))
+    return 1 - density[-1] / sum(density)
+
 @torch.no_grad()
 def update_teacher(teacher, model, m):
     """Set theta_ema to m theta_ema + (1 - m) theta, for every parameter, in place."""
@@ -92,6 +104,7 @@ def main(argv=None):
     common.add_number(group, "--sd", 1.5, "weight of L_sd; 0: no teacher")
     common.add_number(group, "--cross-fnorm", 0.05, "weight of L_cross")
     common.add_number(group, "--ema-every", 500, "steps between two updates of the teacher")
+    common.add_number(group, "--teacher-beta", 0.0, "b of TRACER's teacher, say 0.5; 0: CaRot's")
     args = common.fill_in(*common.given_flags(parser, argv))            # without --data: the toy
     common.start_processes()
 
@@ -168,7 +181,12 @@ def main(argv=None):
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))     # CLIP's own bound
         if args.sd and step % args.ema_every == 0:
-            update_teacher(teacher, model, ema_momentum(step, total))
+            m = ema_momentum(step, total)
+            if args.teacher_beta:
+                update = step // args.ema_every + 1
+                n_updates = (total - 1) // args.ema_every + 1
+                m = beta_momentum(update, n_updates, args.teacher_beta)
+            update_teacher(teacher, model, m)
 
         is_last = step + 1 == total
         if step % args.log_every == 0 or is_last:
@@ -182,9 +200,12 @@ def main(argv=None):
     common.export(model, args.model, run.path / "model")    # before scoring, which may fail
     if args.sd:
         common.export(teacher, args.model, run.path / "teacher")
-    run.add_results(common.evaluate(model, tokenizer, preprocess, sets, args))
+    head = common.zero_shot_head(model, tokenizer, train)
+    common.export_head(head, model, train, run.path / "head.safetensors", is_trained=False)
+    run.add_results(common.evaluate(model, tokenizer, preprocess, sets, args, head))
     run.report()
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C ends the run at once
     main()
+    common.end_processes()

@@ -28,7 +28,6 @@ lam = 1.
 import common                                               # before torch, see its first lines
 
 import copy
-import json
 import math
 import signal
 
@@ -138,11 +137,11 @@ def main(argv=None):
 
     common.export(model, args.model, run.path / "model")    # before scoring, which may fail
     head = W_cls.detach() / tau                             # any model's logits are tau u head^T
-    classes = json.dumps(train.classes)
-    common.write(run.path / "head.safetensors", {"W_cls": head}, classes=classes)
+    common.export_head(head, model, train, run.path / "head.safetensors", is_trained=True)
     run.add_results(common.evaluate(model, tokenizer, preprocess, sets, args, head))
     run.report()
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C ends the run at once
     main()
+    common.end_processes()

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import contextlib
 import difflib
+import fcntl
 import functools
 import hashlib
 import io
@@ -27,6 +28,7 @@ import pathlib
 import shutil
 import sys
 import textwrap
+import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -60,6 +62,8 @@ elif torch.backends.mps.is_available() and WORLD == 1:      # torch has no colle
 else:
     DEVICE = torch.device("cpu")
 
+NO_BAR = RANK > 0 or not sys.stderr.isatty()                # a log file would fill with bars
+
 def fail(message):
     """End the program with one line on stderr. Every mistake of a user ends here."""
     sys.exit("error: " + message.replace("\n", " "))
@@ -71,8 +75,8 @@ def say(message):
 
 # ---- 1. models, features, heads and losses -------------------------------------------------------
 def read_weights(path, read=open_clip.factory.load_state_dict, **flags):
-    """Return {name: weight} of a file as open_clip reads it, without the prefixes that torch.compile
-    and DistributedDataParallel put before names."""
+    """Return {name: weight} of a file as open_clip reads it, without the prefixes of torch.compile
+    and DistributedDataParallel."""
     weights = read(path, **flags)
     return {name.replace("_orig_mod.", "").removeprefix("module."): weight
             for name, weight in weights.items()}
@@ -188,13 +192,17 @@ def encode_text(model, tokens, accum=1):
     return normalize(x @ text.text_projection)                                      # (n, d)
 
 def cut_padding(tokens):
-    """Return tokens (n, L) without the columns that are padding in every row."""
+    """Return tokens (n, L) without the columns that are padding in every row, but for those up to a
+    multiple of 8: a GPU plans its work anew for each length."""
     longest = int(tokens.argmax(-1).max()) + 1              # up to the end-of-text token
-    return tokens[:, :longest].contiguous()
+    return tokens[:, :math.ceil(longest / 8) * 8].contiguous()
 
 def tokenize(tokenizer, texts):
-    """Return tokens (n, L), int32 on the CPU, of texts; L is the length of the longest."""
+    """Return tokens (n, L), int32 on the CPU, of texts; L is the length of the longest, rounded up
+    to a multiple of 8."""
     return cut_padding(tokenizer(texts).int())
+
+tokenize_once = functools.lru_cache(8)(tokenize)            # scoring asks after each epoch
 
 def prompts(tokenizer, classnames, templates):
     """Return tokens (K, M, L) of every class name in every template, which is a text with {} or a
@@ -204,7 +212,7 @@ def prompts(tokenizer, classnames, templates):
         for template in templates:
             text = template(classname) if callable(template) else template.replace("{}", classname)
             texts.append(text)
-    return tokenize(tokenizer, texts).view(len(classnames), len(templates), -1)
+    return tokenize_once(tokenizer, tuple(texts)).view(len(classnames), len(templates), -1)
 
 @torch.no_grad()
 def text_embeddings(model, tokenizer, classnames, templates):
@@ -212,7 +220,7 @@ def text_embeddings(model, tokenizer, classnames, templates):
     tokens = prompts(tokenizer, classnames, templates).flatten(0, 1)                # (K*M, L)
     by_length = tokens.argmax(-1).argsort()                 # so that most batches can be cut short
     features = []
-    for rows in tqdm(by_length.split(1024), "prompts", leave=False, delay=3, disable=RANK > 0):
+    for rows in tqdm(by_length.split(1024), "prompts", leave=False, delay=3, disable=NO_BAR):
         batch = cut_padding(tokens[rows]).to(model.logit_scale.device)
         features.append(encode_text(model, batch))
     E = torch.cat(features)[by_length.argsort()]            # in the order of the prompts again
@@ -249,14 +257,21 @@ def gather(x):
     return torch.cat(rows)
 
 def average_gradients(parameters):
-    """Replace every gradient by its mean over the processes, in one all-reduce."""
+    """Replace every gradient by its mean over the processes, in one all-reduce.
+
+    DistributedDataParallel would do it during the backward pass, but its hooks want one forward
+    pass of one module, and here two towers run in chunks that are computed again."""
     if WORLD == 1:
         return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([grad.reshape(-1) for grad in grads]) / WORLD
+    trained = [p for p in parameters if p.grad is not None]
+    flat = torch.cat([p.grad.reshape(-1) for p in trained]).div_(WORLD)
     dist.all_reduce(flat)
-    for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
-        grad.copy_(mean.view_as(grad))
+    for p, mean in zip(trained, flat.split([p.numel() for p in trained])):
+        mean = mean.view_as(p)
+        if mean.stride() == p.grad.stride():
+            p.grad = mean                                   # a view: nothing is copied
+        else:                                               # channels_last
+            p.grad.copy_(mean)
 
 def epoch_ended(step, total, n, args):
     """Whether val is to be scored after this step: --eval-every epochs of n images have ended. The
@@ -280,19 +295,29 @@ def ece(confidence, correct, bins=15):
 def scores(logits, labels):
     """Score a whole set from its logits (n, K) and labels (n,): fractions, but nll is in nats.
 
-    ece_batch10 is what CaRot's code reports: the mean over batches of 512, with 10 bins. It is
-    biased upwards, and is here only to be compared with the papers' tables."""
+    mean_per_class is the mean of the classes' recalls, and macro_f1 that of their F1 scores, over
+    the classes that the labels have, as in WILDS. ece_batch10 is what CaRot's code reports: the
+    mean over batches of 512, with 10 bins. It is biased upwards, and is here only to be compared
+    with the papers' tables."""
     p = logits.float().softmax(-1)                                                  # (n, K)
     confidence, predicted = p.max(-1)
     correct = (predicted == labels).double()
     top1 = correct.mean().item()
     squared_error = (p - F.one_hot(labels, p.shape[1])).square().sum(-1)
+    hits = labels.bincount(correct, len(p.T))                                       # (K,)
+    of_class = labels.bincount(minlength=len(p.T))
+    guesses = predicted.bincount(minlength=len(p.T))
+    is_there = of_class > 0
+    recall = hits / of_class
+    f1 = 2 * hits / (of_class + guesses)
     batch_eces = [len(hits) * ece(c, hits, 10)
                   for c, hits in zip(confidence.split(512), correct.split(512))]
     return {
         "top1": top1,
         "top1_se": math.sqrt(top1 * (1 - top1) / len(labels)),
         "ece": ece(confidence, correct),
+        "mean_per_class": recall[is_there].mean().item(),
+        "macro_f1": f1[is_there].mean().item(),
         "ece_batch10": sum(batch_eces) / len(labels),
         "nll": F.cross_entropy(logits.float(), labels).item(),
         "brier": squared_error.mean().item(),
@@ -305,10 +330,12 @@ def image_features(models, preprocesses, images, args, skip_corrupt=False, preci
     n = len(images)
     block = math.ceil(n / WORLD)                            # each process computes one block
     rows = [min(row, n - 1) for row in range(RANK * block, (RANK + 1) * block)]
-    data = EvalImages(images, preprocesses, skip_corrupt)
+    data = EvalImages(images, {repr(p): p for p in preprocesses}, skip_corrupt)
+    batch_size = args.batch_size // vars(args).get("accum", 1)          # memory may be small
     features = [[] for _ in models]
-    for crops, readable in load(data, rows, args.batch_size, args, images.name):
-        for model, x, of_model in zip(models, crops, features):
+    for crops, readable in load(data, rows, batch_size, args, images.name):
+        for model, preprocess, of_model in zip(models, preprocesses, features):
+            x = crops[repr(preprocess)]
             with autocast(precision):
                 u = encode_image(model, to_input(model, x))                         # (n, d)
             u[~readable] = math.nan
@@ -324,12 +351,19 @@ def set_logits(model, tokenizer, images, features, head):
     """Return logits (n, K') of one set from its features (n, d), on the CPU: by the head (K, d) of
     the training classes or, if the set has a class that was not trained on, by a zero-shot head of
     all classes of the set."""
-    tau = model.logit_scale.exp().cpu()
-    if images.columns is None:
-        return tau * features @ zero_shot_head(model, tokenizer, images).cpu().T
-    logits = tau * features @ head.cpu().T                                          # (n, K)
-    largest = [logits[:, columns].amax(-1) for columns in images.columns]
-    return torch.stack(largest, dim=-1)                                             # (n, K')
+    tau = model.logit_scale.exp()
+    columns = images.columns
+    if columns is None:
+        head = zero_shot_head(model, tokenizer, images)
+        columns = [[k] for k in range(len(head))]
+    head = head.to(tau.device)
+    longest = max(map(len, columns))                        # shorter lists repeat themselves
+    columns = torch.tensor([(c * longest)[:longest] for c in columns], device=tau.device)
+    blocks = []
+    for u in features.split(4096):
+        logits = tau * u.to(tau.device) @ head.T                                    # (4096, K)
+        blocks.append(logits[:, columns].amax(-1).cpu())                            # (4096, K')
+    return torch.cat(blocks)
 
 def score_set(images, logits, labels):
     """Return the scores of one set and what a reader of them needs to know. Rows that could not be
@@ -564,16 +598,18 @@ def read_set(name, path, found, train, is_shift):
     is_shift = is_shift and columns is not None
     return ImageSet(name, classes, *texts, *flatten(merged, classes), columns, head, is_shift)
 
+def hash_order(paths, seed):
+    """Return paths in the order of a hash of seed and file name: one file more moves no other."""
+    def digest_of_name(path):
+        return hashlib.md5(b"%d " % seed + basename(path), usedforsecurity=False).digest()
+    return sorted(paths, key=digest_of_name)
+
 def hold_out(found, fraction, seed):
-    """Split {class: paths} into the part for training and a fraction of each class for val. The
-    order is that of a hash of seed and file name, so that one file more moves no other."""
-    def hash_order(path):
-        return hashlib.md5(
-            b"%d " % seed + basename(path), usedforsecurity=False).digest()
+    """Split {class: paths} into the part for training and a fraction of each class for val."""
     train = {}
     val = {}
     for c, paths in found.items():
-        ordered = sorted(paths, key=hash_order)
+        ordered = hash_order(paths, seed)
         n_val = min(math.ceil(fraction * len(paths)), len(paths) - 1)       # one is to train on
         val[c] = sorted(ordered[:n_val])
         train[c] = sorted(ordered[n_val:])
@@ -616,6 +652,13 @@ def read_data(args):
         of_train, of_val = hold_out(of_train, args.val_frac, args.seed)
         if not any(of_val.values()):
             fail(f"{args.data} has one training image a class, so none can be held out; add val/")
+    shots = vars(args).get("shots")
+    if shots:
+        few = [c for c, paths in of_train.items() if len(paths) < shots]
+        if few:
+            say(f"warning: --shots {shots}: {len(few)} classes have fewer images, such as {few[0]}")
+        for c, paths in of_train.items():
+            of_train[c] = sorted(hash_order(paths, args.seed)[:shots])
     unknown = sorted(of_val.keys() - classes)
     if unknown:
         fail(f"{args.data}/{val} has classes that training lacks: {', '.join(unknown)}")
@@ -701,9 +744,10 @@ class TrainImages:
         drawn = int(epoch_order(self.seed, epoch, n)[position])
         row, image = self.read(drawn)
         seeds = np.random.SeedSequence([self.seed, epoch, drawn]).generate_state(2).tolist()
-        with torch.random.fork_rng(devices=[]):             # transforms.v2 takes no generator
-            torch.manual_seed(seeds[0])
-            crop = self.preprocess(image)
+        state = torch.get_rng_state()
+        torch.default_generator.manual_seed(seeds[0])       # transforms.v2 takes no generator
+        crop = self.preprocess(image)
+        torch.set_rng_state(state)
         return crop, int(self.images.labels[row]), row, seeds[1]
 
     def read(self, drawn):
@@ -719,25 +763,25 @@ class TrainImages:
 
 @dataclass
 class EvalImages:
-    """The images of a set, each preprocessed for each model, and whether it could be read."""
+    """The images of a set, in each way to preprocess them, and whether they could be read."""
     images: ImageSet
-    preprocesses: list
+    preprocesses: dict
     skip_corrupt: bool
 
     def __getitem__(self, row):
         image, problem = read_image(self.images.paths[row])
         if problem and not self.skip_corrupt:
             raise OSError(f"{os.fsdecode(self.images.paths[row])!r} {problem}; remove it")
-        return [preprocess(image) for preprocess in self.preprocesses], not problem
+        return {name: p(image) for name, p in self.preprocesses.items()}, not problem
 
 def load(data, indices, batch_size, args, title=None):
     """Yield batches of data[i] for the indices of this process; batch_size is of all processes.
     With a title, a progress bar appears after three seconds."""
     loader = torch.utils.data.DataLoader(
-        data, batch_size // WORLD, sampler=indices, num_workers=args.workers,
+        data, max(1, batch_size // WORLD), sampler=indices, num_workers=args.workers,
         pin_memory=DEVICE.type == "cuda")
     try:
-        yield from tqdm(loader, title, leave=False, delay=3, disable=RANK > 0 or title is None)
+        yield from tqdm(loader, title, leave=False, delay=3, disable=NO_BAR or not title)
     except OSError as e:                                    # a worker puts its traceback before it
         fail(str(e).splitlines()[-1])
 
@@ -794,6 +838,7 @@ def make_train_parser(method, doc, out, lr):
                         help="open_clip name or local-dir:PATH (%(default)s)")
     add_number(parser, "--epochs", 10, "passes over the training images")
     parser.add_argument("--max-steps", type=int, help="end the run and its schedule earlier")
+    add_number(parser, "--shots", 0, "training images for each class; 0: all")
     add_number(parser, "--lr", lr, "peak learning rate of AdamW")
     add_number(parser, "--wd", 0.1, "weight decay of every parameter")
     add_number(parser, "--warmup", 500, "warm-up steps; then cosine decay to 0")
@@ -837,10 +882,21 @@ def start_processes():
     """Set up the device, and join the processes that torchrun started."""
     torch.set_float32_matmul_precision("highest")           # some container images switch TF32 on
     torch.backends.cudnn.allow_tf32 = False
+    # cuDNN's attention may have NaN gradients under a mask, and plans anew for each shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     if WORLD > 1:                                           # one may download while others wait
-        dist.init_process_group(timeout=timedelta(hours=2))
+        backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    elif int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        say("warning: Slurm has several tasks, but torchrun did not start this one, so it runs "
+            "alone; see the README")
+
+def end_processes():
+    """Take leave of the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 def total_steps(args, n):
     """Return the optimiser steps of a run over n images: --epochs in whole batches, at most
@@ -890,6 +946,12 @@ def write(path, content, **metadata):
     with replacing(path) as f:
         f.write(data)
 
+def export_head(W_cls, model, images, path, is_trained):
+    """Write the classifier W_cls (K, d) of a model: logits are exp(logit_scale) u W_cls^T."""
+    write(path, {"W_cls": W_cls, "logit_scale": model.logit_scale},
+          classes=json.dumps(images.classes), classnames=json.dumps(images.classnames),
+          is_trained=json.dumps(is_trained))
+
 def export(model, name, path):
     """Write a model, loaded as `name`, so that open_clip can load it as local-dir:path."""
     about = {"model_cfg": open_clip.get_model_config(name),
@@ -927,6 +989,7 @@ class Run:
             fail(f"--out {args.out} holds a run with other settings ({', '.join(changed)}); choose "
                  "another --out or add --overwrite")
         if RANK == 0:
+            self.lock()
             if args.overwrite or not files:
                 old = settings
                 for file in files:                          # old ones would pass for the new run's
@@ -958,9 +1021,26 @@ class Run:
             say(f"the sets to score have changed since {args.out} was scored: all are scored again")
             self.results = {}
         self.results["scored"] = scored
-        facts = gather(torch.tensor([[self.first_step, len(self.results)]], device=DEVICE))
+        facts = [self.first_step, len(self.results), int(trained_on[:15], 16)]
+        facts = gather(torch.tensor([facts], device=DEVICE))
         if len(facts.unique(dim=0)) > 1:
-            fail(f"--out {args.out} is not the same folder for all processes")
+            fail(f"--out {args.out} is not the same folder for all processes, or {args.data} has "
+                 "other images for some of them")
+
+    def lock(self):
+        """Keep other runs out of --out as long as this process lives, if its file system can."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock_file = open(self.path / ".lock", "w")
+        except OSError as e:
+            fail(f"--out {self.path} cannot be written ({e})")
+        try:
+            # Unlike flock it is not inherited by loaders, which may outlive a killed run.
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            fail(f"--out {self.path} is in use by another run")
+        except OSError:                                     # there are no locks here
+            pass
 
     def add_results(self, results):
         """Add {name: value} to results.json."""
@@ -985,8 +1065,8 @@ class Run:
     def steps(self, batches, total):
         """Return an iterator over (step, batch) up to step total - 1, with a progress bar."""
         batches = zip(range(self.first_step, total), batches)
-        self.bar = tqdm(batches, self.args.method, total, initial=self.first_step,
-                        disable=RANK > 0)
+        self.bar = tqdm(batches, self.args.method, total, initial=self.first_step, disable=NO_BAR)
+        self.logged = self.first_step - 1, time.perf_counter()
         return self.bar
 
     def log(self, step, **values):
@@ -997,8 +1077,12 @@ class Run:
         if not all(map(math.isfinite, values.values())):
             fail(f"loss not finite at step {step}: {values}; lower --lr? last.pt is kept")
         self.bar.set_postfix(values)
-        steps_per_s = self.bar.format_dict["rate"] or 0     # None at the start
-        line = {"step": step, **values, "images_per_s": steps_per_s * self.args.batch_size}
+        logged_step, logged_at = self.logged
+        self.logged = step, time.perf_counter()
+        images = (step - logged_step) * self.args.batch_size
+        line = {"step": step, **values, "images_per_s": images / (self.logged[1] - logged_at)}
+        if NO_BAR:
+            say(f"{self.args.method} " + ", ".join(f"{k} {v:.6g}" for k, v in line.items()))
         if RANK == 0:
             try:
                 with open(self.path / "log.jsonl", "a") as f:

@@ -6,6 +6,7 @@
     python evaluate.py --model out/calft --wise 0 0.25 0.5 0.75 1  # WiSE-FT's curve
     python evaluate.py --model out/calft --fit-temperature --sigma-min --plot DIR
     python evaluate.py --mean out/seed0 out/seed1 out/seed2        # mean and deviation over runs
+    python evaluate.py --model out/carft --predict DIR FILE        # classes of pictures, as a CSV
 
 A model is the folder of a run, local-dir:PATH, or an open_clip name with --pretrained. It is scored
 as the training scripts score it: by the zero-shot head of its text tower, or by the head that
@@ -13,12 +14,15 @@ carft.py trained, if that has the classes of this ROOT. Each image is decoded on
 """
 import common                                               # before torch, see its first lines
 
+import contextlib
 import copy
+import csv
 import importlib.util
 import json
 import math
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from os.path import realpath
 from pathlib import Path
@@ -94,17 +98,26 @@ def check_run(source, run, args, sets):
             common.fail(f"{source} was tuned on images that are held out as val now; its flags had "
                         f"{flag.replace('_', '-')} {run[flag]}")
 
-def load_head(path, classes):
-    """Return the trained head W_cls (K, d) beside a run's model/, or None if it has none for these
-    classes."""
+def read_head(path):
+    """Return W_cls (K, d) of the head.safetensors beside a run's model/, and what it says of its
+    classes, classnames and is_trained. None and {} if there is none, as beside a teacher/."""
     file = path.parent / "head.safetensors"
     if path.name != "model" or not file.is_file():
-        return None
+        return None, {}
     with safe_open(file, "pt") as f:
-        if json.loads(f.metadata()["classes"]) == classes:
-            return f.get_tensor("W_cls")
-    common.say(f"{file} has other classes; the zero-shot head of its text tower is used")
-    return None
+        about = {name: json.loads(text) for name, text in f.metadata().items()}
+        return f.get_tensor("W_cls"), about
+
+def trained_head(path, classes):
+    """Return W_cls (K, d) of a run that trained it for these classes, or None."""
+    W_cls, about = read_head(path)
+    if not about.get("is_trained"):
+        return None
+    if about["classes"] != classes:
+        common.say(f"{path.parent}/head.safetensors has other classes; the zero-shot head of its "
+                   "text tower is used")
+        return None
+    return W_cls
 
 def interpolate(base, tuned, alpha):
     """Return the model of WiSE-FT (Wortsman et al., 2022), all weights of which are (1 - alpha)
@@ -124,7 +137,7 @@ def load(name, args, sets):
         name = f"local-dir:{path}"
     check_run(source, run, args, sets)
     model, _, preprocess, tokenizer = common.load_model(name, args.pretrained)
-    head = load_head(path, sets[0].classes)
+    head = trained_head(path, sets[0].classes)
     if not args.wise:
         return [Candidate(source, source, None, model, preprocess, tokenizer, head)]
 
@@ -195,23 +208,74 @@ def plot(folder, candidates, columns, outcomes):
     with common.replacing(f"{folder}/val_against_shifts.png") as f:
         figure.savefig(f, dpi=120)
 
-def print_mean(folders):
+def print_mean(folders, measures):
     """Print mean and deviation over runs: of the sets that all of them have, and of shift means."""
     runs = [common.read_json(Path(folder, "results.json")) for folder in folders]
     if len(runs) < 2 or not all("sets" in run for run in runs):
         common.fail("--mean takes the folders of two or more finished runs")
     runs = [{**run["sets"], "shift mean": run["shift_mean"]} for run in runs]
-    print(f"{len(runs)} runs: mean and standard deviation\n"
-          f"{'set':<24}   top-1  ± sd     ECE  ± sd")
+    print(f"{len(runs)} runs: mean and standard deviation")
+    print(f"{'set':<24}" + "".join(f"{measure:>15}" for measure in measures))
     for name in runs[0]:
         scores = [run.get(name) for run in runs]
         if None in scores:                                  # some run lacks it
             continue
         line = f"{name:<24}"
-        for key in ("top1", "ece"):
-            values = [100 * score[key] for score in scores]
-            line += f"{np.mean(values):>8.2f} ±{np.std(values, ddof=1):<4.1f}"
+        for measure in measures:
+            cell = ""                                       # the shift mean has top1 and ece alone
+            if all(measure in score for score in scores):
+                values = [100 * score[measure] for score in scores]
+                cell = f"{np.mean(values):.2f} ±{np.std(values, ddof=1):<4.1f}"
+            line += f"{cell:>15}"
         print(line)
+
+def predict(args, stdout):
+    """Write a CSV of pictures to stdout: path, class name, confidence, and the runners-up."""
+    files = []
+    for name in args.predict:
+        if os.path.isdir(name):
+            files += common.images_below(name, set())
+        elif os.path.isfile(name):
+            files.append(os.fsencode(name))
+        else:
+            common.fail(f"--predict {name} is neither a file nor a folder")
+    path, run = find_model(args.model[0])
+    W_cls, about = read_head(path)                                                  # (K, d)
+    if W_cls is None or len(args.model) > 1 or common.WORLD > 1:
+        common.fail("--predict takes one run as --model, that has a head.safetensors, and no "
+                    "torchrun")
+    model, _, preprocess, tokenizer = common.load_model(f"local-dir:{path}", "")
+    T = 1
+    if args.fit_temperature:
+        _, (val, *_) = common.read_data(args)
+        if val.classes != about["classes"]:
+            common.fail(f"--fit-temperature: {args.data} has other classes than {args.model[0]}")
+        u, = common.image_features([model], [preprocess], val, args)                # (n, d)
+        logits = common.set_logits(model, tokenizer, val, u, W_cls)
+        T = fit_temperature(logits, torch.from_numpy(val.labels))
+        common.say(f"{T:<8.3g} T of {args.model[0]}")
+
+    pictures = common.ImageSet("pictures", [], [], [], np.array(files), np.zeros(len(files)), None,
+                               "", False)
+    data = common.EvalImages(pictures, {"": preprocess}, skip_corrupt=True)
+    top = min(args.top, len(W_cls))
+    table = csv.writer(stdout)
+    table.writerow(["path", *["class", "confidence"] * top])
+    remaining = iter(files)
+    for crops, readable in common.load(data, range(len(files)), args.batch_size, args, "pictures"):
+        with torch.no_grad(), common.autocast(args.precision):
+            u = common.encode_image(model, common.to_input(model, crops[""]))       # (n, d)
+        logits = model.logit_scale.exp() * u @ W_cls.to(common.DEVICE).T            # (n, K)
+        best = (logits / T).softmax(-1).detach().cpu().topk(top)                    # (n, top)
+        for is_readable, confidences, classes in zip(readable, *best):
+            file = os.fsdecode(next(remaining))
+            if not is_readable:
+                common.say(f"skipped, not readable: {file}")
+                continue
+            row = [file]
+            for confidence, k in zip(confidences.tolist(), classes.tolist()):
+                row += [about["classnames"][k], f"{confidence:.6f}"]
+            table.writerow(row)
 
 # ---- the program ---------------------------------------------------------------------------------
 def score(candidates, sets, args):
@@ -279,15 +343,26 @@ def main(argv=None):
     add("--plot", metavar="DIR", help="reliability diagrams, and val against shifts")
     add("--skip-corrupt", action="store_true", help="count unreadable images instead of stopping")
     add("--mean", nargs="+", metavar="OUT", help="only print the mean over the results of runs")
+    add("--metric", nargs="+", default=["top1", "ece"], metavar="NAME",
+        help="what --mean prints, such as mean_per_class or macro_f1 (top1 ece)")
+    add("--predict", nargs="+", metavar="PATH",
+        help="print the classes of pictures, in folders or files, as a CSV; --model is one run")
+    common.add_number(group, "--top", 1, "classes for each picture of --predict")
     args, defaults = common.given_flags(parser, argv)
     if args.mean:
-        return print_mean(args.mean)
+        return print_mean(args.mean, args.metric or defaults["metric"])
     runs = [find_model(name)[1] for name in args.model or []]
     first_run = next(filter(None, runs), {})                # has the flags that are not given
     for flag in ("data", "train", "val", "val_frac", "seed"):
         defaults[flag] = first_run.get(flag, defaults[flag])
+    if args.predict and not first_run:
+        common.fail("--predict takes the folder of a run as --model")
     args = common.fill_in(args, defaults)                   # without --data or a run: the toy
     common.start_processes()
+    if args.predict:
+        stdout = sys.stdout                                 # for the CSV alone
+        with contextlib.redirect_stdout(sys.stderr):
+            return predict(args, stdout)
     if Path(args.out, "args.json").is_file():
         common.fail(f"--out {args.out} holds a run and its results.json; give another --out")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -331,4 +406,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)            # Ctrl-C ends the program at once
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # and so does `| head`
     main()
+    common.end_processes()

@@ -3,6 +3,8 @@
 
     python tests/folders.py cifar100 SETS/cifar100
     python tests/folders.py objectnet OBJECTNET-1.0 ROOT/objectnet
+    python tests/folders.py iwildcam iwildcam_v2.0 SETS/iwildcam
+    python tests/folders.py ucf101 COOP/ucf101 SETS/ucf101
     python tests/folders.py pool CC3M POOL                      # img2dataset's folders or its tars
     python tests/folders.py pool 'CC3M/{00000..00331}.tar' POOL
 
@@ -15,18 +17,35 @@ Images are hard links where possible, otherwise copies; CIFAR is written as PNG.
 The 113 classes of ObjectNet that ImageNet has too become OUT/<class>/*.png without their border.
 OUT/classes.txt (folder<TAB>wnid[;wnid...]) says which classes of ImageNet they are.
 
+iWildCam is WILDS's version 2.0: DIR holds its metadata.csv, categories.csv and train/. Its splits
+train, id_val and id_test become OUT/train, OUT/val and OUT/test. Its val and test are of other
+cameras, so they become the shifts OUT/ood_val and OUT/ood_test. A class folder has WILDS's label
+and the Latin name, as in 015_panthera_onca. Prompts are FLYP's two templates with the Latin name
+or, if DIR has labels.csv (from mlfoundations/wise-ft, src/datasets/iwildcam_metadata), the English
+one. WILDS left out images of classes that training lacks, so every set is scored by the head of the
+training classes. A set that has only some of the 182 classes is scored on their logits alone, so
+its accuracy can only be higher than by WILDS's protocol, where all 182 compete.
+
+UCF101 is the first of its three splits, and each video is its middle frame: DIR holds CoOp's
+UCF-101-midframes/ and UCF101's ucfTrainTestlist/. Names and templates are those of CLIP's authors.
+
 A pool is OUT/pool.tsv, the image-text pairs (path<TAB>text) that anchor.py --pool reads. Its paths
 are relative to OUT. A pair is an image file and a text file of the same name, x.jpg and x.txt, as
 img2dataset writes them. Images in folders stay where they are. Images in tars are unpacked to
-OUT/<name of the tar>/. Hidden files and images without text are skipped.
+OUT/<name of the tar>/. Hidden files, links that lead nowhere and images without text are skipped.
 
 The same command finishes a folder that is half written and leaves a finished one as it is.
 """
-import json
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from common import fail  # noqa: E402                         before torch, see its first lines
+
+import csv
+import json
 import re
 import shutil
-import sys
 import tarfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.util import find_spec
@@ -52,6 +71,9 @@ CALTECH = both(*[f"{art} of THE {{}}." for art in (
 CARS = ["a photo of a {}.", "a photo of the {}.", "a photo of my {}.", "i love my {}!",
         *[f"a photo of my {kind} {{}}." for kind in ("dirty", "clean", "new", "old")]]
 DTD = both(*[f"a photo of THE {{}} {noun}." for noun in ("texture", "pattern", "thing", "object")])
+UCF101 = both(*[f"a {noun} of THE person {verb}{{}}."
+                for verb in ("", "using ", "doing ", "during ", "performing ", "practicing ")
+                for noun in ("photo", "video", "example", "demonstration")])
 EUROSAT = [f"a centered satellite photo of {article}{{}}." for article in ("", "a ", "the ")]
 FLAG = {"train": {"train": True}, "test": {"train": False}}     # what torchvision is asked for
 TWO = {part: {"split": part} for part in ("train", "test")}
@@ -80,7 +102,10 @@ NAMES = {       # where CLIP's name is not the class with "_" as a space
     "Highway": "highway or road", "Industrial": "industrial buildings or commercial buildings",
     "Pasture": "pasture land", "PermanentCrop": "permanent crop land", "SeaLake": "lake or sea",
     "Residential": "residential buildings or homes or apartments", "globe-flower": "globe flower",
-    "pink-yellow dahlia?": "pink and yellow dahlia", "ball moss": "air plant"}
+    "pink-yellow dahlia?": "pink and yellow dahlia", "ball moss": "air plant",
+    "Handstand_Pushups": "Hand Stand Pushups"}
+IWILDCAM = {                                    # WILDS's name of a split: its folder
+    "train": "train", "id_val": "val", "id_test": "test", "val": "ood_val", "test": "ood_test"}
 POOL_IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 
 def write(source, target, border=0):
@@ -104,13 +129,27 @@ def write(source, target, border=0):
             shutil.copyfile(source, part)
     part.replace(target)
 
+def link(name, images):
+    """Write a list of (image file, target), but nothing if some of the files are missing."""
+    missing = [str(source) for source, _ in images if not source.is_file()]
+    if missing:
+        fail(f"{name}: {len(missing)} of {len(images)} images are missing, such as {missing[0]}; "
+             "unpack the archive again, then start the same command again")
+    thread_map(write, *zip(*images), desc=name, unit="image")
+
+def finish(out, names, templates):
+    """Write templates.txt and, last, classnames.txt; names is {class folder: name}."""
+    write(templates, out / "templates.txt")
+    write([f"{c}\t{names[c]}" for c in sorted(names)], out / "classnames.txt")
+
+def folder_name(name):
+    """Return the name of a class without what a folder should not have: F/A-18 is an aircraft."""
+    return re.sub(r"[^\w.-]", "_", name)
+
 def torchvision_set(name, folder, out):
     """Write a set of torchvision's, downloaded to `folder` if it is not there, as class folders."""
-    if (out / "classnames.txt").exists():       # it is written last
-        print(f"{out} is finished already: it has a classnames.txt")
-        return
     if name in ("cars", "flowers102") and find_spec("scipy") is None:
-        sys.exit(f"error: torchvision reads {name} by scipy: pip install scipy")
+        fail(f"torchvision reads {name} by scipy: pip install scipy")
     cls, parts, templates = SETS[name]
     names = {}
     for part, options in parts.items():
@@ -129,7 +168,7 @@ def torchvision_set(name, folder, out):
             pairs = zip(d._images if name == "pets" else d._image_files, d._labels)
         images = []
         for i, (source, k) in enumerate(pairs):
-            safe = re.sub(r"[^\w.-]", "_", classes[k])          # F/A-18 is a class of aircraft
+            safe = folder_name(classes[k])
             called = classes[k].replace("/", " ") if name == "sun397" else classes[k]
             names[safe] = NAMES.get(called, called.replace("_", " "))
             file = f"{i:05d}.png" if parts is FLAG else Path(source).name
@@ -137,8 +176,53 @@ def torchvision_set(name, folder, out):
         if len(images) < COUNTS.get(name, 0):
             raise ValueError(f"only {len(images)} of its {COUNTS[name]} images are there")
         thread_map(write, *zip(*images), desc=f"{name} {part}", unit="image")
-    write(templates, out / "templates.txt")
-    write([f"{c}\t{names[c]}" for c in sorted(names)], out / "classnames.txt")
+    finish(out, names, templates)
+
+def read_csv(path, *columns):
+    """Return the rows of a CSV file with a header, each a list of the cells of these columns."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = [[row.get(column) for column in columns] for row in csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        fail(f"{path} cannot be read ({e}); unpack the archive again")
+    if not rows or not all(map(all, rows)):
+        fail(f"{path}: expected {', '.join(columns)} in each row; unpack the archive again")
+    return rows
+
+def iwildcam(folder, out):
+    """Write the five splits of WILDS's iWildCam as class folders."""
+    latin = dict(read_csv(folder / "categories.csv", "y", "name"))
+    called = dict(latin)
+    if (folder / "labels.csv").exists():
+        called.update(read_csv(folder / "labels.csv", "y", "english"))
+    names = {}
+    images = []
+    for split, y, file in read_csv(folder / "metadata.csv", "split", "y", "filename"):
+        if split not in IWILDCAM or y not in latin:
+            fail(f"{folder}/metadata.csv: split {split} or y {y} is unknown; expected the splits "
+                 f"{', '.join(IWILDCAM)} and the y of categories.csv, as in WILDS's version 2.0")
+        c = f"{int(y):03}_{folder_name(latin[y])}"          # two classes have the same name
+        names[c] = called[y]
+        images.append((folder / "train" / file, out / IWILDCAM[split] / c / Path(file).name))
+    link("iwildcam", images)
+    finish(out, names, ["a photo of {}.", "{} in the wild."])
+
+def ucf101(folder, out):
+    """Write the middle frames of the videos in UCF101's first split as class folders."""
+    names = {}
+    images = []
+    for part in ("train", "test"):
+        listed = folder / "ucfTrainTestlist" / f"{part}list01.txt"
+        videos = re.findall(r"^(\w+)/(\S+)\.avi", listed.read_text("utf-8"), re.MULTILINE)
+        if not videos:
+            fail(f"{listed}: expected lines such as Archery/v_Archery_g01_c01.avi")
+        for action, video in videos:
+            c = "_".join(re.findall("[A-Z][^A-Z]*", action))            # TaiChi: Tai_Chi
+            names[c] = NAMES.get(c, c.replace("_", " "))
+            frame = f"{c}/{video}.jpg"
+            images.append((folder / "UCF-101-midframes" / frame, out / part / frame))
+    link("ucf101", images)
+    finish(out, names, UCF101)
 
 def objectnet(folder, out):
     """Write the classes of ObjectNet that ImageNet has too as class folders."""
@@ -149,8 +233,12 @@ def objectnet(folder, out):
     wnid = {lines[i].strip(): wnids[int(k)] for k, i in index.items()}
     kept = {c: ";".join(wnid[name] for name in imagenet[label].split("; "))
             for c, label in sorted(labels.items()) if label in imagenet}
-    images = [(file, out / c / file.name, 2) for c in kept
-              for file in sorted((folder / "images" / c).iterdir()) if file.match("[!.]*.png")]
+    images = []
+    for c in kept:
+        files = sorted((folder / "images" / c).glob("[!.]*.png"))
+        if not files:
+            fail(f"objectnet: no *.png in {folder}/images/{c}; unpack the archive again")
+        images += [(file, out / c / file.name, 2) for file in files]
     thread_map(write, *zip(*images), desc="objectnet", unit="image")
     write([f"{c}\t{labels[c]}" for c in kept], out / "classnames.txt")
     write([f"{c}\t{kept[c]}" for c in kept], out / "classes.txt")
@@ -162,12 +250,15 @@ def is_plain(name):
 
 def one_line(data):
     """Return the text of a file without line breaks and tabs."""
-    return " ".join(data.decode("utf-8", "replace").split())
+    return " ".join(data.decode("utf-8-sig", "replace").split())
 
 def pairs_in_folder(folder):
     """Return [(image, text)] of the files below a folder; images are paths in it."""
+    def stop(e):
+        raise e                                             # os.walk would skip the folder
     pairs = []
-    for parent, subfolders, files in tqdm(os.walk(folder, followlinks=True), "pool", unit="folder"):
+    walk = os.walk(folder, onerror=stop, followlinks=True)
+    for parent, subfolders, files in tqdm(walk, "pool", unit="folder"):
         subfolders.sort()
         for file in sorted(files):
             image = Path(parent, file)
@@ -219,23 +310,19 @@ def expand_braces(pattern):
 def unpack(shards, out):
     """Return the pairs of all tars, unpacked to OUT."""
     if len({shard.stem for shard in shards}) < len(shards):
-        sys.exit(f"error: pool: two tars are called {shards[0].name}; give each its own OUT")
+        fail(f"pool: two tars are called {shards[0].name}; give each its own OUT")
 
     def pairs_or_exit(shard):
         try:
             return pairs_in_tar(shard, out)
         except (OSError, tarfile.TarError) as e:
-            reason = " ".join(str(e).split())
-            sys.exit(f"error: pool: {shard} cannot be unpacked ({reason}); expected a whole tar, "
-                     "not compressed: download it again, then start the same command again")
+            fail(f"pool: {shard} cannot be unpacked ({e}); expected a whole tar, not compressed: "
+                 "download it again or remove it, then start the same command again")
     found = thread_map(pairs_or_exit, shards, desc="pool", unit="tar")
     return [pair for pairs in found for pair in pairs]
 
 def pool(source, out):
     """Write OUT/pool.tsv, the pairs in img2dataset's folders or tars."""
-    if (out / "pool.tsv").exists():             # it is written last
-        print(f"{out} is finished already: it has a pool.tsv")
-        return
     shards = expand_braces(source)
     if source.is_dir():
         shards = sorted(source.glob("[!.]*.tar"))
@@ -248,36 +335,41 @@ def pool(source, out):
         pairs = [(os.path.normpath(f"{base}/{name}"), text)
                  for name, text in pairs_in_folder(folder)]
     if not pairs:
-        sys.exit(f"error: pool: {source} holds no pairs; expected images with a text, as 0.jpg and "
-                 "0.txt, in folders or tars")
+        fail(f"pool: {source} holds no pairs; expected images with a text, as 0.jpg and 0.txt, in "
+             "folders or tars")
     write(["path\ttext", *[f"{path}\t{text}" for path, text in pairs]], out / "pool.tsv")
     print(f"{out / 'pool.tsv'} has {len(pairs)} pairs")
 
 def main(argv=None):
+    of_folder = {
+        "iwildcam": iwildcam, "objectnet": objectnet, "pool": pool, "ucf101": ucf101}
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("set", choices=[*SETS, "objectnet", "pool"])
+    parser.error = fail
+    parser.add_argument("set", choices=[*SETS, *of_folder])
     parser.add_argument("paths", nargs="+", type=Path, metavar="OUT",
-                        help="OUT; for objectnet OBJECTNET-1.0 OUT; for pool DIR OUT")
+                        help=f"OUT; for {', '.join(of_folder)} DIR OUT")
     parser.add_argument("--download", metavar="DIR", help="torchvision's own files (OUT/.download)")
     args = parser.parse_args(argv)
     *source, out = args.paths
-    if len(source) != (args.set in ("objectnet", "pool")):
-        sys.exit("error: give OUT alone; for objectnet OBJECTNET-1.0 and OUT; for pool DIR, or "
-                 "'DIR/{00000..00331}.tar' in quotes, and OUT")
-    folder = source[0] if source else Path(args.download or out / ".download")
-    hint = f"put the archive below {folder} by hand, where its reader looks, or unpack it anew"
-    if args.set == "pool":
-        hint = "start the same command again when that is mended; it goes on"
+    if len(source) != (args.set in of_folder):
+        fail(f"give OUT alone; for {', '.join(of_folder)} give DIR OUT; for pool also "
+             "'DIR/{00000..00331}.tar' OUT, in quotes")
+    last = out / {"pool": "pool.tsv", "objectnet": "classes.txt"}.get(args.set, "classnames.txt")
+    if last.exists():                           # the file that is written last
+        print(f"{out} is finished already: it has a {last.name}")
+        return
     try:
-        if args.set == "objectnet":
-            objectnet(folder, out)
-        elif args.set == "pool":
-            pool(folder, out)
+        if source:
+            folder = source[0]
+            hint = "start the same command again when that is mended; it goes on"
+            of_folder[args.set](folder, out)
         else:
+            folder = Path(args.download or out / ".download")
+            hint = (f"put the archive below {folder} by hand, where its reader looks, or unpack "
+                    "it anew")
             torchvision_set(args.set, folder, out)
     except (Exception, KeyboardInterrupt) as e:
-        reason = " ".join(str(e).split())
-        sys.exit(f"error: {args.set}: {type(e).__name__}: {reason}; {hint}")
+        fail(f"{args.set}: {type(e).__name__}: {e}; {hint}")
 
 if __name__ == "__main__":
     main()

@@ -312,7 +312,7 @@ HELD_OUT = "was tuned on images that are held out as val now; its flags had {}"
     ("sketch", "--train photo", TUNED_ON.format("art")),
     ("sketch", "--val sketch --train photo", TUNED_ON.format("art")),
     ("sketch", "--val photo --train art", TUNED_ON.format("photo")),
-    ("sketch", "--val photo", TUNED_ON.format("photo")),
+    ("sketch", "--val photo", "--train art photo --val photo: one folder is named twice"),
     ("sketch/teacher", "--seed 4", HELD_OUT.format("seed 3")),
     ("sketch/model", "--seed 4", HELD_OUT.format("seed 3")),
     ("sketch art", "", TUNED_ON.format("sketch")),

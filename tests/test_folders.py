@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""folders.py on small sets as torchvision, ObjectNet and img2dataset have them.
+"""folders.py on small sets as torchvision, ObjectNet, WILDS, CoOp and img2dataset have them.
 
 Torchvision's own readers are the judge of its sets, and common.py's reader of TSVs is of pools.
 cars and flowers102 are left out, because their files need scipy; cifar100 is read as cifar10 is.
@@ -23,6 +23,7 @@ from torchvision import datasets
 
 import common
 import folders
+from conftest import parse
 from folders import FLAG, PETS, THREE, TWO
 
 NUMBERS = {"train": range(4), "val": range(4, 6), "test": range(6, 9)}
@@ -117,12 +118,14 @@ def state(out):
 
 @pytest.mark.parametrize("name, cls, parts, prompts, called", CASES)
 def test_torchvisions_sets(sets, tmp_path, name, cls, parts, prompts, called):
-    """Every image in its class and split, linked; a second call does not need the download."""
+    """Every image in its class and split, linked; a second call does not need the download. Every
+    name has a folder."""
     out = tmp_path / "out"
     run(name, out, "--download", sets)
     names = read_table(out / "classnames.txt")
     assert sorted(names.values()) == sorted(called)
     assert not any(set(folder) & set(" /?") for folder in names)
+    assert {path.name for path in out.glob("*/*")} == names.keys()
     assert {path.name for path in out.iterdir() if path.is_dir()} == set(parts)
     for part, options in parts.items():
         ours = [(names[file.parent.name], np.asarray(Image.open(file)).tolist())
@@ -170,7 +173,9 @@ def test_what_is_missing_is_said(sets, tmp_path, monkeypatch):
     assert "only 6 of its 27000" in error("eurosat", tmp_path / "eurosat", "--download", sets)
     monkeypatch.setattr(folders, "find_spec", lambda name: None)
     assert "pip install scipy" in error("flowers102", tmp_path / "flowers", "--download", sets)
-    assert "OBJECTNET-1.0" in error("objectnet", out) and "OUT alone" in error("dtd", out, out)
+    assert "objectnet, pool, ucf101 give DIR OUT" in error("objectnet", out)
+    assert "OUT alone" in error("dtd", out, out)
+    assert "invalid choice: 'imagenet'" in error("imagenet", out)
 
 def test_objectnet(tmp_path):
     """Folders and labels differ, lines have an order of their own, two classes are one."""
@@ -197,10 +202,115 @@ def test_objectnet(tmp_path):
         f"{wnids[671]};{wnids[444]}", wnids[434]]
     before = files[1].stat()
     files[0].unlink()
+    (out / "classes.txt").unlink()
     run("objectnet", source, out)
     assert files[0].exists() and files[1].stat().st_mtime_ns == before.st_mtime_ns
     write_lines(maps / "objectnet_to_imagenet_1k.json", ['{"Bicycle": "unicycle"}'])
     assert "unicycle" in error("objectnet", source, tmp_path / "b")
+
+def test_objectnet_lacks_a_class(tmp_path):
+    """A class without images is said, and not listed in classes.txt as if it had a folder."""
+    source, out = tmp_path / "objectnet-1.0", tmp_path / "out"
+    maps = source / "mappings"
+    write_lines(maps / "folder_to_objectnet_label.json", ['{"bike": "Bicycle"}'])
+    write_lines(maps / "objectnet_to_imagenet_1k.json", ['{"Bicycle": "bicycle"}'])
+    write_lines(maps / "pytorch_to_imagenet_2012_id.json", ['{"0": 0}'])
+    write_lines(maps / "imagenet_to_label_2012_v2", ["bicycle"])
+    made(source / "images" / "bike" / "._a.png").write_bytes(b"AppleDouble")
+    assert f"no *.png in {source}/images/bike" in error("objectnet", source, out)
+    assert not out.exists()
+
+def write_iwildcam(base):
+    """WILDS's iWildCam, one image for each row: two classes have the same name, and "birds" none of
+    the images."""
+    write_lines(base / "categories.csv", [
+        "y,category_id,name", "0,0,empty", "2,9,mazama temama", "10,99,mazama temama",
+        "99999,5,birds"])
+    rows = [f"{split},{y}" for split in ("train", "id_val", "id_test") for y in (0, 2, 10)]
+    rows += ["val,0", "val,10", "test,2"]
+    lines = [f'{i},{row},7,"2013-06-05 05:44:19.000",{i}.jpg' for i, row in enumerate(rows)]
+    write_lines(base / "metadata.csv", [",split,y,category_id,datetime,filename", *lines])
+    write_jpegs(base / "train", [f"{i}.jpg" for i in range(len(rows))])
+
+def test_iwildcam(tmp_path):
+    """Every image is in the folder of its split and label, and the scripts read that as WILDS means
+    it: class k is label k, val and test are of the training cameras, the others are shifts."""
+    source, out = tmp_path / "iwildcam_v2.0", tmp_path / "out"
+    write_iwildcam(source)
+    run("iwildcam", source, out)
+    empty, first, second = "000_empty", "002_mazama_temama", "010_mazama_temama"
+    placed = {int(file.stem): str(file.parent.relative_to(out)) for file in out.glob("*/*/*")}
+    parts = [*["train"] * 3, *["val"] * 3, *["test"] * 3, "ood_val", "ood_val", "ood_test"]
+    classes = [empty, first, second] * 3 + [empty, second, first]
+    assert placed == {i: f"{part}/{c}" for i, (part, c) in enumerate(zip(parts, classes))}
+    assert all(file.stat().st_nlink == 2 for file in out.glob("*/*/*"))
+    assert read_table(out / "classnames.txt") == {
+        empty: "empty", first: "mazama temama", second: "mazama temama"}
+    assert (out / "templates.txt").read_text() == "a photo of {}.\n{} in the wild.\n"
+    train, sets = common.read_data(parse("--data", str(out)))
+    assert train.classes == [empty, first, second]
+    assert {images.name: (images.head, images.is_shift) for images in sets} == {
+        "val": ("all", False), "test": ("all", False), "ood_test": ("subset", True),
+        "ood_val": ("subset", True)}
+    shutil.rmtree(source)
+    run("iwildcam", source, out)                            # it is finished
+
+def test_english_names_of_iwildcam(tmp_path):
+    """labels.csv of WiSE-FT gives the names in prompts, and no other folders."""
+    write_iwildcam(tmp_path / "in")
+    write_lines(tmp_path / "in/labels.csv", [
+        "y,category_id,name,english", "0,0,empty,empty", "2,9,mazama temama,red brocket",
+        "10,99,mazama temama,Günther's deer", "99999,5,birds,birds"])
+    run("iwildcam", tmp_path / "in", tmp_path / "out")
+    assert read_table(tmp_path / "out/classnames.txt") == {
+        "000_empty": "empty", "002_mazama_temama": "red brocket",
+        "010_mazama_temama": "Günther's deer"}
+
+@pytest.mark.parametrize("file, old, new, said", [
+    ("metadata.csv", None, None, "/metadata.csv cannot be read ("),
+    ("categories.csv", None, None, "/categories.csv cannot be read ("),
+    ("metadata.csv", b"filename", b"file", "/metadata.csv: expected split, y, filename in each"),
+    ("metadata.csv", b",11.jpg\n", b"", "/metadata.csv: expected split, y, filename in each"),
+    ("metadata.csv", b"0,train", b"0,extra", "/metadata.csv: split extra or y 0 is unknown"),
+    ("categories.csv", b"10,99,mazama temama\n", b"", "/metadata.csv: split train or y 10 is"),
+    ("categories.csv", b"birds", b"\xff", "/categories.csv cannot be read ("),
+    ("train/3.jpg", None, None, "1 of 12 images are missing, such as ")])
+def test_bad_iwildcam(tmp_path, file, old, new, said):
+    """What is missing or damaged is one line that names the file, and nothing is written."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_iwildcam(source)
+    if old is None:
+        (source / file).unlink()
+    else:
+        (source / file).write_bytes((source / file).read_bytes().replace(old, new))
+    line = error("iwildcam", source, out)
+    assert said in line and (file in line or file == "categories.csv")
+    assert not out.exists()
+
+def test_ucf101(tmp_path):
+    """Middle frames go where the first split's lists put their videos, under the words of their
+    action; a frame that is missing is said, and so is a list that is none."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    lists, frames = source / "ucfTrainTestlist", source / "UCF-101-midframes"
+    train = ["TaiChi/v_TaiChi_g08_c01.avi 91", "HandstandPushups/v_HandStandPushups_g08_c01.avi 37"]
+    write_lines(lists / "trainlist01.txt", train)
+    write_lines(lists / "testlist01.txt", ["TaiChi/v_TaiChi_g01_c01.avi\r"])
+    files = ["Tai_Chi/v_TaiChi_g08_c01.jpg", "Handstand_Pushups/v_HandStandPushups_g08_c01.jpg",
+             "Tai_Chi/v_TaiChi_g01_c01.jpg"]
+    write_jpegs(frames, files)
+    run("ucf101", source, out)
+    assert {str(file.relative_to(out)) for file in out.rglob("*.jpg")} == {
+        f"train/{files[0]}", f"train/{files[1]}", f"test/{files[2]}"}
+    assert read_table(out / "classnames.txt") == {
+        "Handstand_Pushups": "Hand Stand Pushups", "Tai_Chi": "Tai Chi"}
+    templates = (out / "templates.txt").read_text().splitlines()
+    assert len(set(templates)) == 48 and "a photo of the person doing {}." in templates
+    (frames / files[1]).unlink()
+    assert f"1 of 3 images are missing, such as {frames / files[1]}" in error(
+        "ucf101", source, tmp_path / "b")
+    write_lines(lists / "testlist01.txt", ["<html>"])
+    assert "testlist01.txt: expected lines such as" in error("ucf101", source, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 def png(value, size=(30, 20)):
     """The bytes of a grey image."""
@@ -237,11 +347,15 @@ def write_folders(base):
             ("00000/000000005.jpg", b"its text is a folder"), ("00000/000000005.txt/x", b""),
             ("00000/._000000000.jpg", b"AppleDouble"), ("00000/._000000000.txt", b"not a text"),
             ("00000/000000006.txt", b"its image is a link to nothing"),
+            ("00000/000000008.jpg", b"its text is a link to nothing"),
+            ("00000/000000009.jpg", b"its text is empty"), ("00000/000000009.txt", b""),
+            ("00001/000000001.jpg", b"E"), ("00001/000000001.txt", b"\xef\xbb\xbfmarked"),
             ("00000/000000007.jpg/x", b""), ("00000/000000007.txt", b"its image is a folder"),
             ("00001/000000000.JPEG", b"C"), ("00001/000000000.txt", b"not UTF-8: \xff"),
             (".hidden/000000000.jpg", b"D"), (".hidden/000000000.txt", b"hidden")]:
         made(base / path).write_bytes(data)
     (base / "00000/000000006.jpg").symlink_to("nowhere.jpg")
+    (base / "00000/000000008.txt").symlink_to("nowhere.txt")
 
 def test_a_pool_of_folders(tmp_path):
     """Images with a text are listed where they are, from an OUT anywhere, and nothing is copied."""
@@ -251,13 +365,28 @@ def test_a_pool_of_folders(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "far/off")
     expected = [("00000/000000000.jpg", b"A", "first"),
                 ("00000/000000001.webp", b"B", "drei zeilen und \u00e4"),
-                ("00001/000000000.JPEG", b"C", "not UTF-8: \ufffd")]
+                ("00001/000000000.JPEG", b"C", "not UTF-8: \ufffd"),
+                ("00001/000000001.jpg", b"E", "marked")]
     for out, base in ((tmp_path / "new/pool", "../../cc3m/"), (tmp_path / "link", "../../cc3m/"),
                       (source, ""), (source / "pool", "../")):
         run("pool", source, out)
         assert read_pool(out) == {base + name: (data, text) for name, data, text in expected}
         assert list(read_pool(out)) == [base + name for name, _, _ in expected]
     assert os.listdir(tmp_path / "new/pool") == ["pool.tsv"]
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    """os.walk would leave it out, and a pool without it would pass for whole."""
+    write_folders(tmp_path / "in")
+    scandir = os.scandir
+
+    def refuses(path):
+        if str(path).endswith("00001"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuses)
+    line = error("pool", tmp_path / "in", tmp_path / "out")
+    assert f"Permission denied: '{tmp_path}/in/00001'" in line
+    assert not (tmp_path / "out/pool.tsv").exists()
 
 def test_a_pool_of_tars(tmp_path, monkeypatch):
     """Members in any order: every image has its own bytes and text, and tars do not mix."""
@@ -321,6 +450,7 @@ def test_a_cut_tar_is_refused(tmp_path):
     for size in [*range(0, end + 1, 512), *range(100, end, 512), end + 511]:
         cut.write_bytes(data[:size])
         assert f"{cut} cannot be unpacked (" in error("pool", cut, out)
+        assert not list(out.rglob("*.*"))                   # no image of a shard that is refused
     broken = bytearray(data)
     start = data.index(b"1.jpg")
     broken[start + 148:start + 156] = b"7777777\0"          # the checksum of a header
@@ -330,6 +460,21 @@ def test_a_cut_tar_is_refused(tmp_path):
     cut.write_bytes(data)
     run("pool", cut, out)
     assert len(read_pool(out)) == 2
+
+def test_a_cut_tar_among_others(tmp_path):
+    """One bad shard stops the whole pool; without it the same command finishes. A shard without
+    members is whole: img2dataset writes one where no download succeeded."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    for name in ("0", "1", "2"):
+        write_shard(source / f"{name}.tar", [("a.jpg", png(1)), ("a.txt", name.encode())])
+    write_shard(source / "3.tar", [])
+    os.truncate(source / "1.tar", 700)
+    line = error("pool", source, out)
+    assert f"{source}/1.tar cannot be unpacked (" in line and "again or remove it" in line
+    assert not (out / "pool.tsv").exists() and not (out / "1").exists()
+    (source / "1.tar").unlink()
+    run("pool", source, out)
+    assert read_pool(out) == {"0/a.jpg": (png(1), "0"), "2/a.jpg": (png(1), "2")}
 
 def test_a_half_written_pool_is_finished(tmp_path, monkeypatch):
     """Images that are there stay, one that a kill has cut is written anew, and a finished pool is
@@ -373,8 +518,9 @@ def test_bad_pools(tmp_path):
     for name in ("nowhere", "nowhere.tar", "text.tar", "{7..9}.tar"):
         file = name.replace("{7..9}", "7")
         assert f"{tmp_path}/{file} cannot be unpacked (" in error("pool", tmp_path / name, out)
-    for name in ("empty", "0/a.tar", "0", "{2..1}.tar"):
+    for name in ("empty", "0/a.tar", "0"):
         assert f"{tmp_path}/{name} holds no pairs" in error("pool", tmp_path / name, out)
+    assert "No such file or directory: '" in error("pool", tmp_path / "{2..1}.tar", out)
     assert "two tars are called a.tar" in error("pool", tmp_path / "{0..1}/a.tar", out)
     assert "in quotes" in error("pool", out) and "in quotes" in error("pool", out, out, out)
     (tmp_path / "file").write_text("")

@@ -472,11 +472,12 @@ def test_paths_of_captions(tiny_root, captions, old, new):
 def test_threads_that_wait_sleep():
     """Import any script: the policy is set before libgomp is loaded, which reads it once, and what
     the user has set stays."""
-    environment_ = {name: value for name, value in environment().items() if name != "OMP_WAIT_POLICY"}
+    given = environment()
+    del given["OMP_WAIT_POLICY"]
     for name in ("calft", "carft", "anchor", "evaluate", "toy", "bench"):
         done = subprocess.run(
             [sys.executable, "-c", f"import {name}, torch; torch.ones(8).sum()"], text=True,
-            env={**environment_, "OMP_DISPLAY_ENV": "true", "PYTHONPATH": f"{REPO}:{REPO}/tests"},
+            env={**given, "OMP_DISPLAY_ENV": "true", "PYTHONPATH": f"{REPO}:{REPO}/tests"},
             capture_output=True)
         assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr, done.stderr
 
