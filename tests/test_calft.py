@@ -21,15 +21,15 @@ from conftest import BASE, REPO, environment, log, parse, run, weights
 def test_end_to_end(tiny_root, clip, tmp_path):
     """Look for the files and fields that README promises, on which others build."""
     results = run(calft, tiny_root, clip(), tmp_path)
-    files = "args.json last.pt log.jsonl model results.json teacher".split()
+    files = ".lock args.json head.safetensors last.pt log.jsonl model results.json teacher".split()
     assert sorted(os.listdir(tmp_path)) == files
-    fields = "n classes top1 top1_se ece ece_batch10 nll brier skipped head".split()
+    fields = "n classes top1 top1_se ece mean_per_class macro_f1 ece_batch10 nll brier skipped head"
     for summary in (results, results["zero_shot"]):
         sets = summary["sets"]
         assert list(sets) == ["val", "few", "other", "sketch"]
         assert [s["head"] for s in sets.values()] == ["all", "subset", "zero-shot", "all"]
         assert [s["n"] for s in sets.values()] == [15, 9, 9, 15]
-        assert all(sorted(s) == sorted(fields) for s in sets.values())
+        assert all(sorted(s) == sorted(fields.split()) for s in sets.values())
         for key, mean in summary["shift_mean"].items():
             assert mean == pytest.approx((sets["few"][key] + sets["sketch"][key]) / 2)
     for step, line in zip(range(4), log(tmp_path), strict=True):
@@ -109,13 +109,13 @@ def test_val_is_scored_after_each_epoch(tiny_root, clip, tmp_path, monkeypatch):
     """Score val by the weights of that moment, which were saved before. Scoring moves none of them:
     the results at the end are the same however often val was scored."""
     evaluate = common.evaluate
-    def keep(model, tokenizer, preprocess, sets, args):
+    def keep(model, tokenizer, preprocess, sets, args, head=None):
         if len(sets) == 1:                                  # val, after an epoch
             checkpoint = torch.load(f"{args.out}/last.pt", weights_only=True)
             for name, weight in model.state_dict().items():
                 assert torch.equal(weight, checkpoint["model"][name])
             common.export(model, clip(), f"{args.out}-after-{checkpoint['step']}")
-        return evaluate(model, tokenizer, preprocess, sets, args)
+        return evaluate(model, tokenizer, preprocess, sets, args, head)
     monkeypatch.setattr(common, "evaluate", keep)
     results = {}
     lines = {}

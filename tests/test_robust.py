@@ -275,7 +275,7 @@ def test_overwrite_leaves_nothing_of_the_old(tiny_root, clip, tmp_path, monkeypa
     monkeypatch.delattr(common.Run, "restore")
     with pytest.raises(AttributeError):
         run(carft, tiny_root, clip(), tmp_path, "--overwrite", steps=2)
-    assert sorted(os.listdir(tmp_path)) == ["args.json", "results.json"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "args.json", "results.json"]
     assert "sets" not in common.read_json(tmp_path / "results.json")
 
 # ---- bad images ----------------------------------------------------------------------------------
