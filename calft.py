@@ -23,9 +23,15 @@ the released code does not. We follow the code, to which the default weights bel
 writes L_oc without the square, too. Images of one class that meet in a batch are negatives of each
 other in CE2, as in FLYP and in CaRot's code.
 
+--teacher-beta B replaces CaRot's m by that of TRACER (ICML 2026, github.com/HesamAsad/TRACER): the
+teacher is then a mean of the weights of the whole run, the untuned ones included. All else stays
+CaRot's. TRACER's own loss has further terms of distillation (of features, of relations, across
+modalities), which are not here.
+
     python calft.py                                                # the toy
     torchrun --nproc_per_node 8 calft.py --data /imagenet          # the released recipe, eight GPUs
     python calft.py --oc 0 --sd 0 --cross-fnorm 0 --out out/flyp   # the baseline FLYP, CE2 alone
+    python calft.py --teacher-beta 0.5 --out out/whole-run         # TRACER's teacher
 """
 import common                                               # before torch, see its first lines
 
@@ -57,11 +63,11 @@ def ema_momentum(step, total_steps):
     return 0.05 + (0.9 - 0.05) * min(1.0, step / (0.2 * total_steps))
 
 def beta_momentum(update, n_updates, beta):
-    """Return m of update k = 1, 2, ... of a run with that many, so that the teacher is the mean of
-    the untuned weights and of those at the updates, weighted by the density of Beta(beta, beta)
-    over the run: m = 1 - w_k / (w_0 + ... + w_k), w_k = (t (1 - t))^(beta - 1), t = (k + 1/2) / (K
-    + 1). From TRACER's code, where it follows each step; in float32 a mean of so many stands
-    still."""
+    """Return m of update k = 1, ..., K. With it the teacher is the mean of the untuned weights
+    (k = 0) and of the student's at all updates, weighted by the density of Beta(beta, beta):
+    m = 1 - w_k / (w_0 + ... + w_k), w_k = (t (1 - t))^(beta - 1), t = (k + 1/2) / (K + 1).
+
+    From TRACER's code, which updates after each step. A mean of so many hardly moves in float32."""
     density = []
     for k in range(update + 1):
         t = (k + 0.5) / (n_updates + 1)

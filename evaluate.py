@@ -8,9 +8,10 @@
     python evaluate.py --mean out/seed0 out/seed1 out/seed2        # mean and deviation over runs
     python evaluate.py --model out/carft --predict DIR FILE        # classes of pictures, as a CSV
 
-A model is the folder of a run, local-dir:PATH, or an open_clip name with --pretrained. It is scored
-as the training scripts score it: by the zero-shot head of its text tower, or by the head that
-carft.py trained, if that has the classes of this ROOT. Each image is decoded once for all models.
+A model is the folder of a run, local-dir:PATH, an open_clip name with --pretrained, or zero-shot:
+the one that the first run was tuned from. It is scored as the training scripts score it: by the
+zero-shot head of its text tower, or by the head that carft.py trained, if that has the classes of
+this ROOT. Each image is decoded once for all models.
 """
 import common                                               # before torch, see its first lines
 
@@ -135,6 +136,8 @@ def load(name, args, sets):
     source = str(path).removesuffix("/model")
     if path.is_dir():
         name = f"local-dir:{path}"
+    if name == "zero-shot":
+        name = args.untuned or common.fail("--model zero-shot needs a run beside it")
     check_run(source, run, args, sets)
     model, _, preprocess, tokenizer = common.load_model(name, args.pretrained)
     head = trained_head(path, sets[0].classes)
@@ -353,7 +356,7 @@ def main(argv=None):
         return print_mean(args.mean, args.metric or defaults["metric"])
     runs = [find_model(name)[1] for name in args.model or []]
     first_run = next(filter(None, runs), {})                # has the flags that are not given
-    for flag in ("data", "train", "val", "val_frac", "seed"):
+    for flag in ("data", "train", "val", "val_frac", "seed", "pretrained"):
         defaults[flag] = first_run.get(flag, defaults[flag])
     if args.predict and not first_run:
         common.fail("--predict takes the folder of a run as --model")
@@ -371,6 +374,7 @@ def main(argv=None):
         args.train = []                                     # val's classes stand in for training's
 
     _, sets = common.read_data(args)                        # val, then all others
+    args.untuned = first_run.get("model")                   # what zero-shot means
     candidates = []
     for name in np.ravel(args.model):                       # the toy's is a single name
         candidates += load(name, args, sets)
@@ -389,8 +393,10 @@ def main(argv=None):
 
     columns, outcomes, notes = score(candidates, sets, args)
     titles = list(columns)
-    for i in range(0, len(titles), 2):                      # two models are 100 columns wide
-        page = {title: columns[title] for title in titles[i:i + 2]}
+    names = max(len(images.name) for images in sets)
+    a_page = max(1, (100 - names - 20) // 22)               # models on 100 characters
+    for i in range(0, len(titles), a_page):
+        page = {title: columns[title] for title in titles[i:i + a_page]}
         common.say("\n" + common.table(page))
     common.say("\n".join(notes))
     common.write(file, {**older, **columns})                # what other titles have stays

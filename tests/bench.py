@@ -5,6 +5,7 @@
     python tests/bench.py input     # decoding and cropping against open_clip's
     python tests/bench.py loader    # images a second by the number of workers
     python tests/bench.py head      # the zero-shot head against open_clip's builder
+    python tests/bench.py busy      # the toy's steps beside other programs, by how threads wait
     python tests/bench.py index     # reading 1.28 million file names against ImageFolder
     python tests/bench.py memory    # of a step by --accum: counted
     python tests/bench.py plan      # memory, time, workers and traffic of a run: computed
@@ -30,10 +31,13 @@ import common                                               # before torch, see 
 import argparse
 import gc
 import itertools
+import json
 import logging
 import math
 import os
 import sys
+import subprocess
+import tempfile
 import threading
 import time
 from functools import partial
@@ -306,9 +310,41 @@ def bench_head(args):
     model, *_, tokenizer = common.load_model("ViT-B-32", "")
     texts = open_clip.IMAGENET_CLASSNAMES[::100], open_clip.OPENAI_IMAGENET_TEMPLATES
     peer = partial(open_clip.build_zero_shot_classifier, device=common.DEVICE)
+    def ours():
+        common.tokenize_once.cache_clear()                  # as the first head of a run
+        common.text_embeddings(model, tokenizer, *texts)
     compare("ViT-B-32, 10 classes x 80 prompts", 800, min(args.rounds, 3),
-            ours=partial(common.text_embeddings, model, tokenizer, *texts),
-            open_clip=partial(peer, model, tokenizer, *texts))
+            ours=ours, open_clip=partial(peer, model, tokenizer, *texts))
+
+def toy_seconds(policy):
+    """Return the seconds of 40 steps of calft.py on the toy, with this OMP_WAIT_POLICY."""
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run(
+            [sys.executable, f"{REPO}/calft.py", "--out", out, "--max-steps", "41", "--warmup", "5",
+             "--log-every", "40", "--eval-every", "0"],
+            env={**os.environ, "OMP_WAIT_POLICY": policy}, check=True, capture_output=True)
+        lines = Path(out, "log.jsonl").read_text().splitlines()
+    first, last = map(json.loads, lines)
+    return 40 * 64 / last["images_per_s"]
+
+def bench_busy(args):
+    cores = len(os.sched_getaffinity(0))
+    seconds = {}                                            # {(policy, beside loops): [seconds]}
+    for _ in range(min(args.rounds, 3)):
+        for policy in ("", "PASSIVE"):                      # "" is as if it were not set
+            for loops in (0, cores):
+                busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                        for _ in range(loops)]
+                try:
+                    seconds.setdefault((policy, loops), []).append(toy_seconds(policy))
+                finally:
+                    for process in busy:
+                        process.kill()
+    for policy in ("", "PASSIVE"):
+        alone = np.median(seconds[policy, 0])
+        beside = np.median(seconds[policy, cores])
+        print(f"40 steps of the toy, OMP_WAIT_POLICY={policy!r}: alone {alone:.1f} s, beside "
+              f"{cores} busy loops {beside:.1f} s, ratio {beside / alone:.2f}")
 
 def write_index():
     """Write a ROOT of 1000 classes: 1281 empty files of each in train, one in val."""

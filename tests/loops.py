@@ -96,7 +96,7 @@ def lone_loop(method, name, n, turns, *given, peer=False):
     common.text_embeddings = text_embeddings
     common.Run = mock.Mock(return_value=run)
     common.read_data = mock.Mock(return_value=(train, [train]))
-    for function in ("evaluate", "export", "write", "say"):
+    for function in ("evaluate", "export", "zero_shot_head", "write", "say"):
         setattr(common, function, mock.Mock())
     if method == "ARF":
         own = ["--captions", "-", "--pool", "-"]

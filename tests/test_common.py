@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.functional.classification import (
+    multiclass_accuracy, multiclass_calibration_error, multiclass_f1_score)
 
 import common
 from conftest import CLASSES, write_images
@@ -37,7 +38,7 @@ def test_encode_text_is_open_clips_at_full_length(clip, custom_text, causal):
         for tokens in (tokenizer(some), common.tokenize(tokenizer, some)):
             ours = common.encode_text(model, tokens)
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    longest = 13                                            # start, ten words, a full stop, end
+    longest = 16                                # start, ten words, a full stop, end: 13 of 16
     if not causal:
         longest = 77
     assert lengths == [77, 77, longest, 77, 77, 77]
@@ -47,9 +48,9 @@ def test_cut_padding_keeps_every_token(clip):
     *_, tokenizer = common.load_model(clip(), "", "cpu")
     tokens = tokenizer(["a dog", "a very long dog", "ant"])
     cut = common.cut_padding(tokens)
-    assert cut.shape == (3, 6)                              # start, four words, end
-    assert torch.equal(cut, tokens[:, :6])
-    assert not tokens[:, 6:].any()
+    assert cut.shape == (3, 8)                              # start, four words, end: 6 of 8
+    assert torch.equal(cut, tokens[:, :8])
+    assert not tokens[:, 6:].any() and tokens[:, 5].any()
 
 def test_head_is_open_clips_zero_shot_classifier(clip):
     """Compare with open_clip's head, which is (d, K): if they differ, zero-shot rows are not
@@ -110,6 +111,8 @@ def test_scores_are_torchmetrics():
         "top1": top1,
         "top1_se": math.sqrt(top1 * (1 - top1) / 1700),
         "ece": float(multiclass_calibration_error(p, labels, 10, n_bins=15)),
+        "mean_per_class": float(multiclass_accuracy(p, labels, 10, average="macro")),
+        "macro_f1": float(multiclass_f1_score(p, labels, 10, average="macro")),
         "ece_batch10": batch_ece,
         "nll": float(torch.nn.functional.cross_entropy(logits, labels)),
         "brier": float((p - torch.eye(10)[labels]).square().sum(1).mean())}

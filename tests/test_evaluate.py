@@ -217,9 +217,20 @@ def test_a_head_of_other_classes_is_not_used(clip, tmp_path, capsys):
     os.remove(tmp_path / "run" / "head.safetensors")
     assert_same_scores(tuned, score_one(tmp_path / "b", "--model", f"{tmp_path}/run", *data))
 
+def test_the_model_that_a_run_was_tuned_from(tiny_root, clip, tmp_path, capsys):
+    """Name it zero-shot: its column is the run's own first one."""
+    results = run(calft, tiny_root, clip(), tmp_path / "run", steps=2)
+    flags = ["--model", "zero-shot", f"{tmp_path}/run"]
+    columns = score(tmp_path / "out", *flags)
+    assert list(columns) == ["zero-shot", f"{tmp_path}/run"]
+    assert_same_scores(columns["zero-shot"], results["zero_shot"])
+    assert_same_scores(columns[f"{tmp_path}/run"], results)
+    refuses("--model zero-shot needs a run", tmp_path / "none", "--data", tiny_root, "--model",
+            "zero-shot")
+
 def test_five_models_side_by_side(tiny_root, clip, tmp_path, monkeypatch, capsys):
-    """Score all kinds of models: each image is decoded once for all of them, and the table has two
-    models a page of 100 columns."""
+    """Score all kinds of models: each image is decoded once for all of them, and the table has as
+    many models a page as 100 columns hold."""
     read = common.read_image
     seen = []
     def spy(path):
@@ -236,7 +247,7 @@ def test_five_models_side_by_side(tiny_root, clip, tmp_path, monkeypatch, capsys
     assert len(seen) == len(set(seen)) == 15 + 9 + 9 + 15
     out = capsys.readouterr().out
     assert max(len(line) for line in out.splitlines() if "reading" not in line) <= 100
-    assert out.count("\nshift mean") == 3
+    assert out.count("\nshift mean") == 2
     assert all(f" …l-with-a-long-name-{i}" in out for i in range(5))    # is cut
     in_fp32 = score_one(tmp_path / "fp32", "--data", tiny_root, "--model", names[0])
     nll = in_fp32["sets"]["val"]["nll"]

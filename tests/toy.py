@@ -262,7 +262,7 @@ def defaults():
 def _write(folder):
     """Write the toy to a folder. The first process shows a bar."""
     total = sum(len(names) * count for _, names, count, _ in SETS.values()) + POOL
-    bar = tqdm(total=total, desc="drawing the toy", unit="image", disable=common.RANK > 0)
+    bar = tqdm(total=total, desc="drawing the toy", unit="image", disable=common.NO_BAR)
 
     def write(where, names, style, classes, seed, tie):
         """Draw images of these classes as where/<names[i]>; return lines of names and captions."""
