@@ -578,25 +578,28 @@ def match_classes(path, folders, train):
 def read_set(name, path, found, train, is_shift):
     """Return the ImageSet of an image folder whose images are `found`, {class: paths}. Folders that
     cover the same training classes are one class, called after the first of them."""
-    index = {c: k for k, c in enumerate(train.classes)}
     folders_of = {}                                         # {covered training classes: folders}
     for folder, names in match_classes(path, list(found), train).items():
         folders_of.setdefault(tuple(sorted(set(names))), []).append(folder)
-    times = Counter(name for names in folders_of for name in names)
-    shared = [";".join(names) for names in folders_of if max(times[name] for name in names) > 1]
-    if shared:
-        fail(f"{path}/classes.txt: these overlap, but are not the same: {', '.join(shared)}")
-    merged = {folders[0]: sum((found[folder] for folder in folders), [])
-              for folders in folders_of.values()}
+    covering = {}                                           # {training class: the list it is in}
+    images_of = {}                                          # {class: paths}
+    for names, folders in folders_of.items():
+        for c in names:
+            if c in covering:
+                fail(f"{path}/classes.txt: {';'.join(covering[c])} and {';'.join(names)} overlap")
+            covering[c] = names
+        images_of[folders[0]] = [image for folder in folders for image in found[folder]]
+
+    index = {c: k for k, c in enumerate(train.classes)}
     columns = None
     head = "zero-shot"
-    if times.keys() <= index.keys():
-        columns = [[index[name] for name in names] for names in folders_of]
+    if covering.keys() <= index.keys():                     # no class is new
+        columns = [[index[c] for c in names] for names in folders_of]
         head = "all" if len(columns) == len(index) else "subset"
-    classes = list(merged)
+    classes = list(images_of)
     texts = find_texts(classes, [path, dirname(path)], train.templates)
     is_shift = is_shift and columns is not None
-    return ImageSet(name, classes, *texts, *flatten(merged, classes), columns, head, is_shift)
+    return ImageSet(name, classes, *texts, *flatten(images_of, classes), columns, head, is_shift)
 
 def hash_order(paths, seed):
     """Return paths in the order of a hash of seed and file name: one file more moves no other."""

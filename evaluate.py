@@ -24,7 +24,7 @@ import math
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os.path import realpath
 from pathlib import Path
 from urllib.parse import quote
@@ -64,13 +64,14 @@ def sigma_min(features):
 @dataclass
 class Candidate:
     """A model to score."""
-    title: str                                              # of its column in the table
+    title: str                                              # of its outcomes
     source: str                                             # what --model names
     alpha: float | None                                     # the weight of the tuned model (--wise)
     model: torch.nn.Module
     preprocess: torch.nn.Module
     tokenizer: object
     head: torch.Tensor | None                               # trained W_cls (K, d); None: zero-shot
+    columns: dict = field(default_factory=dict)             # {its titles in the table: temperature}
 
 def find_model(name):
     """Return the folder of the model that a --model means, and the flags of the run that wrote it;
@@ -288,8 +289,8 @@ def score(candidates, sets, args):
     models = [candidate.model for candidate in candidates]
     preprocesses = [candidate.preprocess for candidate in candidates]
     outcomes = {candidate.title: {} for candidate in candidates}
-    scores_of = {}                                          # {title: {set: scores}}
-    facts = {}                                              # {title: {alpha, temperature, ...}}
+    about = {}                                              # {column: alpha, temperature, ...}
+    scores_of = {}                                          # {column: {set: scores}}
     notes = []
     for images in sets:
         features_of = common.image_features(
@@ -303,22 +304,22 @@ def score(candidates, sets, args):
         for candidate, features in zip(candidates, features_of):
             features = features[is_readable]                                        # (n', d)
             title = candidate.title
-            scaled = f"{title} at T"                        # the title at a fitted temperature
             if candidate.head is None:
                 candidate.head = common.zero_shot_head(candidate.model, candidate.tokenizer, images)
             logits = common.set_logits(
                 candidate.model, candidate.tokenizer, images, features, candidate.head)
             if images is sets[0]:                           # val
-                facts[title] = {"alpha": candidate.alpha, "temperature": 1.0}
+                candidate.columns = {title: 1.0}
+                about[title] = {"alpha": candidate.alpha, "temperature": 1.0}
                 if args.sigma_min:
-                    facts[title]["sigma_min"] = sigma_min(features)
-                    notes.append(f"{facts[title]['sigma_min']:<8.3g} sigma_min of {title}")
+                    about[title]["sigma_min"] = sigma_min(features)
+                    notes.append(f"{about[title]['sigma_min']:<8.3g} sigma_min of {title}")
                 if args.fit_temperature:
                     T = fit_temperature(logits, labels)
-                    facts[scaled] = {"alpha": candidate.alpha, "temperature": T}
+                    candidate.columns[f"{title} at T"] = T
+                    about[f"{title} at T"] = {"alpha": candidate.alpha, "temperature": T}
                     notes.append(f"{T:<8.3g} T of {title}")
-            for column in {title, scaled} & facts.keys():
-                T = facts[column]["temperature"]
+            for column, T in candidate.columns.items():
                 scores_of.setdefault(column, {})[images.name] = common.score_set(
                     images, logits / T, labels)
 
@@ -329,7 +330,7 @@ def score(candidates, sets, args):
                 "prediction": prediction.numpy(),
                 "confidence": confidence.numpy(),
                 "classes": np.array(images.classes)}
-    columns = {title: {**common.summary(sets, scores_of[title]), **facts[title]} for title in facts}
+    columns = {name: {**common.summary(sets, scores_of[name]), **about[name]} for name in about}
     return columns, outcomes, notes
 
 def main(argv=None):

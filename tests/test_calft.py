@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import calft
 import common
-from conftest import BASE, REPO, environment, log, parse, run, weights
+from conftest import (BASE, REPO, argv, assert_processes_are_one, assert_same_run, environment, log,
+                      parse, run, weights)
 
 def test_end_to_end(tiny_root, clip, tmp_path):
     """Look for the files and fields that README promises, on which others build."""
@@ -87,6 +89,106 @@ def test_training_is_a_plain_loop(tiny_root, clip, tmp_path):
         ours = open_clip.create_model(f"local-dir:{tmp_path}/{which}").eval()
         torch.testing.assert_close(ours(x, tokens), expected(x, tokens), rtol=1e-4, atol=1e-4)
 
+# ---- the teacher that is a mean over the run -----------------------------------------------------
+def beta_mean(untuned, kept, beta):
+    """Return {name: weight} of the mean of the untuned weights and of those after each update, in
+    float64: the definition, without any momentum."""
+    ts = [(k + 0.5) / (len(kept) + 1) for k in range(len(kept) + 1)]
+    w = torch.tensor([(t * (1 - t)) ** (beta - 1) for t in ts], dtype=torch.float64)
+    means = {}
+    for name in kept[0]:
+        stack = torch.stack([of_update[name].double() for of_update in (untuned, *kept)])
+        means[name] = torch.tensordot(w / w.sum(), stack, 1)
+    return means
+
+@pytest.mark.parametrize("beta", [0.5, 1])
+@pytest.mark.parametrize("every, updated", [(3, [0, 3, 6, 9]), (1, range(12)), (5, [0, 5, 10])])
+def test_a_teacher_is_the_mean_of_a_run(tiny_root, clip, tmp_path, every, updated, beta):
+    """Keep the weights after each of 12 steps, and average them by definition: otherwise
+    --teacher-beta trains by another teacher than TRACER's."""
+    after = []
+    model = []
+    load_model = common.load_model
+    def keep(optimizer, *_):
+        names = [name for name, _ in model[0].named_parameters()]
+        weights = optimizer.param_groups[0]["params"]
+        after.append({name: w.detach().clone() for name, w in zip(names, weights, strict=True)})
+
+    def look(*args):
+        loaded = load_model(*args)
+        model.append(loaded[0])
+        return loaded
+    flags = ["--ema-every", str(every), "--teacher-beta", str(beta), "--eval-every", "0"]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(common, "load_model", look)
+        hook = register_optimizer_step_post_hook(keep)
+        run(calft, tiny_root, clip(), tmp_path, *flags, steps=12)
+        hook.remove()
+    assert len(after) == 12
+    kept = [after[step] for step in updated]
+    untuned = load_file(f"{clip().removeprefix('local-dir:')}/open_clip_model.safetensors")
+    teacher = weights(tmp_path, "teacher")
+    means = beta_mean(untuned, kept, beta)
+    assert means.keys() == teacher.keys()                   # a ViT has no statistics
+    for name, mean in means.items():
+        torch.testing.assert_close(teacher[name].double(), mean, rtol=1e-6, atol=2e-7)
+    for steps, b in ((kept[:-1], beta), (kept, beta + 0.25)):           # of other teachers
+        mean = beta_mean(untuned, steps, b)["visual.proj"]
+        assert (teacher["visual.proj"] - mean).abs().max() > 1e-5
+
+def test_a_beta_of_one_is_a_plain_mean():
+    """Keep k of k + 1 parts at update k. For any beta each of the first weights counts as often in
+    the end as the definition says, and the density is the same from both ends."""
+    for K in (1, 2, 9, 250):
+        for k in range(1, K + 1):
+            assert calft.beta_momentum(k, K, 1.0) == pytest.approx(k / (k + 1), rel=1e-12)
+        for beta in (0.3, 0.5, 2.0):
+            shares = [1.0]
+            for k in range(1, K + 1):
+                m = calft.beta_momentum(k, K, beta)
+                assert 0 < m < 1
+                shares = [m * share for share in shares] + [1 - m]
+            assert shares == pytest.approx(shares[::-1], rel=1e-9)
+            if K == 9:                                      # the middle against an end
+                middle, end = 0.45 * 0.55, 0.05 * 0.95      # t (1 - t) of k = 4 and k = 0
+                assert shares[4] / shares[0] == pytest.approx((middle / end) ** (beta - 1))
+
+def test_a_beta_teacher_survives_a_kill(tiny_root, clip, tmp_path, monkeypatch):
+    """End a run right after a save between two updates, and start it again: its teacher has the
+    bits of a run that was left alone."""
+    flags = ["--ema-every", "3", "--teacher-beta", "0.5", "--eval-every", "0"]
+    whole = tmp_path / "whole"
+    run(calft, tiny_root, clip(), whole, *flags, steps=12)
+    arguments = argv(tiny_root, clip(), tmp_path / "killed", *flags, "--save-every=8", steps=12)
+    save = common.Run.save
+    def end(self, step, saved):
+        save(self, step, saved)
+        raise InterruptedError(step)
+    with monkeypatch.context() as m, pytest.raises(InterruptedError, match="^8$"):
+        m.setattr(common.Run, "save", end)
+        calft.main(arguments)
+    assert not (tmp_path / "killed" / "teacher").exists()
+    calft.main(arguments)
+    assert_same_run(whole, tmp_path / "killed", "teacher")
+    plain = tmp_path / "plain"
+    run(calft, tiny_root, clip(), plain, *flags[:2], "--eval-every", "0", steps=12)
+    with pytest.raises(AssertionError):                     # CaRot's teacher is another
+        assert_same_run(whole, plain, "teacher")
+
+def test_two_processes_have_one_beta_teacher(tiny_root, clip, tmp_path):
+    """Compare the teacher of two processes with that of one. The biases of attention's keys are
+    left out: their gradient is rounding, which AdamW blows up."""
+    flags = ["--ema-every", "2", "--teacher-beta", "0.5"]
+    assert_processes_are_one(calft, tiny_root, clip(), tmp_path, *flags)
+    one, two = (weights(tmp_path / name, "teacher") for name in ("one", "two"))
+    student = weights(tmp_path / "one")
+    for name in one:
+        parts = [w.view(3, -1)[::2] if "in_proj_bias" in name else w
+                 for w in (one[name], two[name], student[name])]
+        torch.testing.assert_close(parts[0], parts[1], rtol=1e-4, atol=2e-6)
+        assert (parts[0] - parts[2]).abs().max() > 1e-4     # by far more than the two differ
+
+# ---- towers and scores ---------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["vit", "resnet", "timm", "custom_text"])
 def test_towers(tiny_root, clip, tmp_path, kind):
     """Train every kind of tower: all of its parameters move, and none of BatchNorm's statistics."""

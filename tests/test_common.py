@@ -436,7 +436,7 @@ def test_folders_of_one_class(tmp_path):
     assert pets.labels.tolist() == [0] * 6 + [1] * 2
     assert sets["new"].columns is None and sets["new"].labels.tolist() == [0, 0, 1, 1, 1, 1]
     (tmp_path / "pets" / "classes.txt").write_text(lines + "tabby\tcat; dog\n")
-    with pytest.raises(SystemExit, match="pets/classes.txt: .*: cat, dog;eel, cat;dog$"):
+    with pytest.raises(SystemExit, match="pets/classes.txt: cat and cat;dog overlap$"):
         read(tmp_path)
 
 def test_val_held_out(tmp_path):

@@ -3,7 +3,8 @@
 is in this project: it is imported, unchanged, from clones of yours. Stand-ins replace CUDA, wandb,
 pandas, their data and scoring. -s prints how far apart the two are.
 
-    export CAROT=/path/to/CaRot FLYP=/path/to/FLYP WISE_FT=/path/to/wise-ft
+    export CAROT=/path/to/CaRot FLYP=/path/to/FLYP WISE_FT=/path/to/wise-ft TRACER=/path/to/TRACER
+    pip install scipy                                              # TRACER's alone
     pytest -s tests/test_released.py
 """
 import copy
@@ -281,3 +282,26 @@ def test_ece(monkeypatch, tmp_path):
     print("\nECE:", ours["ece_batch10"], theirs["ece"], "whole set:", ours["ece"])
     assert ours["top1"] == theirs["top1"]
     assert abs(ours["ece_batch10"] - theirs["ece"]) < 2e-7
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 3.0])
+def test_teacher_of_tracer(monkeypatch, tmp_path, beta):
+    """TRACER's released average, updated as often as its run has steps, is our --teacher-beta after
+    each update; otherwise what calft.py distils from is not TRACER's teacher. As released, it
+    counts steps where it is told to update more seldom."""
+    module = released(monkeypatch, tmp_path, "TRACER", "beta_moving_average")
+    torch.manual_seed(0)
+    far = 0
+    for K in (1, 12, 250):
+        student = torch.nn.Sequential(torch.nn.Linear(7, 24), torch.nn.LayerNorm(24)).double()
+        student.requires_grad_(False)
+        ours = copy.deepcopy(student)
+        theirs = module.GeneralMovingAverage(
+            student, module.create_beta_weight_function(beta, K))
+        for update in range(1, K + 1):
+            for parameter in student.parameters():
+                parameter.add_(1e-2 * torch.randn_like(parameter))
+            theirs.update()
+            calft.update_teacher(ours, student, calft.beta_momentum(update, K, beta))
+            far = max(far, apart(ours.state_dict(), theirs.state_dict()))
+    print(f"\nTRACER, beta {beta}:", {"teacher": f"{far:.1e}"})
+    assert far < BOUNDS["teacher"]
