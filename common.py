@@ -1080,10 +1080,12 @@ class Run:
         if not all(map(math.isfinite, values.values())):
             fail(f"loss not finite at step {step}: {values}; lower --lr? last.pt is kept")
         self.bar.set_postfix(values)
-        logged_step, logged_at = self.logged
+        line = {"step": step, **values}
+        if "loss" in values:                                # otherwise val has been scored
+            logged_step, logged_at = self.logged
+            images = (step - logged_step) * self.args.batch_size
+            line["images_per_s"] = images / (time.perf_counter() - logged_at)
         self.logged = step, time.perf_counter()
-        images = (step - logged_step) * self.args.batch_size
-        line = {"step": step, **values, "images_per_s": images / (self.logged[1] - logged_at)}
         if NO_BAR:
             say(f"{self.args.method} " + ", ".join(f"{k} {v:.6g}" for k, v in line.items()))
         if RANK == 0:
