@@ -872,7 +872,7 @@ def fill_in(args, defaults):
     for name, value in vars(args).items():
         if value is None:
             setattr(args, name, defaults[name])
-    positive = "accum batch_size ema_every epochs k log_every max_steps save_every".split()
+    positive = "accum batch_size ema_every epochs k log_every max_steps save_every top".split()
     for name, value in vars(args).items():
         least = int(name in positive)                       # the others may be 0
         if type(value) in (int, float) and not least <= value < 2 ** 63:

@@ -106,14 +106,17 @@ def read_head(path):
     file = path.parent / "head.safetensors"
     if path.name != "model" or not file.is_file():
         return None, {}
-    with safe_open(file, "pt") as f:
-        about = {name: json.loads(text) for name, text in f.metadata().items()}
-        return f.get_tensor("W_cls"), about
+    try:
+        with safe_open(file, "pt") as f:
+            about = {name: json.loads(text) for name, text in f.metadata().items()}
+            return f.get_tensor("W_cls"), about
+    except Exception as e:                                  # of many kinds
+        common.fail(f"{file} is damaged ({e}); remove it")
 
 def trained_head(path, classes):
     """Return W_cls (K, d) of a run that trained it for these classes, or None."""
     W_cls, about = read_head(path)
-    if not about.get("is_trained"):
+    if W_cls is None or not about.get("is_trained", True):  # an older run's head was trained
         return None
     if about["classes"] != classes:
         common.say(f"{path.parent}/head.safetensors has other classes; the zero-shot head of its "
@@ -217,6 +220,10 @@ def print_mean(folders, measures):
     runs = [common.read_json(Path(folder, "results.json")) for folder in folders]
     if len(runs) < 2 or not all("sets" in run for run in runs):
         common.fail("--mean takes the folders of two or more finished runs")
+    for measure in measures:
+        found = [scores.get(measure) for run in runs for scores in run["sets"].values()]
+        if not any(isinstance(value, float) for value in found):
+            common.fail(f"--metric {measure} is no score in the results.json of these runs")
     runs = [{**run["sets"], "shift mean": run["shift_mean"]} for run in runs]
     print(f"{len(runs)} runs: mean and standard deviation")
     print(f"{'set':<24}" + "".join(f"{measure:>15}" for measure in measures))
@@ -238,7 +245,13 @@ def predict(args, stdout):
     files = []
     for name in args.predict:
         if os.path.isdir(name):
-            files += common.images_below(name, set())
+            try:
+                found = common.images_below(name, set())
+            except OSError as e:
+                common.fail(f"--predict {name}: {e.filename} cannot be read ({e.strerror})")
+            if not found:
+                common.fail(f"--predict {name} holds no image")
+            files += found
         elif os.path.isfile(name):
             files.append(os.fsencode(name))
         else:
@@ -252,6 +265,7 @@ def predict(args, stdout):
     T = 1
     if args.fit_temperature:
         _, (val, *_) = common.read_data(args)
+        check_run(args.model[0], run, args, [val])          # T is not fitted on training images
         if val.classes != about["classes"]:
             common.fail(f"--fit-temperature: {args.data} has other classes than {args.model[0]}")
         u, = common.image_features([model], [preprocess], val, args)                # (n, d)
@@ -263,7 +277,7 @@ def predict(args, stdout):
                                "", False)
     data = common.EvalImages(pictures, {"": preprocess}, skip_corrupt=True)
     top = min(args.top, len(W_cls))
-    table = csv.writer(stdout)
+    table = csv.writer(stdout, lineterminator="\n")
     table.writerow(["path", *["class", "confidence"] * top])
     remaining = iter(files)
     for crops, readable in common.load(data, range(len(files)), args.batch_size, args, "pictures"):
@@ -361,12 +375,15 @@ def main(argv=None):
         defaults[flag] = first_run.get(flag, defaults[flag])
     if args.predict and not first_run:
         common.fail("--predict takes the folder of a run as --model")
+    if args.predict and args.wise:
+        common.fail("--predict takes a run as it is, without --wise")
     args = common.fill_in(args, defaults)                   # without --data or a run: the toy
-    common.start_processes()
     if args.predict:
         stdout = sys.stdout                                 # for the CSV alone
         with contextlib.redirect_stdout(sys.stderr):
+            common.start_processes()
             return predict(args, stdout)
+    common.start_processes()
     if Path(args.out, "args.json").is_file():
         common.fail(f"--out {args.out} holds a run and its results.json; give another --out")
     if args.plot and importlib.util.find_spec("matplotlib") is None:

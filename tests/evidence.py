@@ -209,9 +209,12 @@ def corrupt(args):
             write_png(x, f"{folder}/{file.stem}.png")
 
 def stat(point, name, measure):
-    """Return mean and standard error over the seeds' results, in percent."""
+    """Return mean and standard deviation over the seeds' results, in percent."""
     values = [100 * score(r, name, measure) for r in point]
-    return np.mean(values), np.std(values) / max(1, len(values) - 1) ** 0.5
+    deviation = 0
+    if len(values) > 1:
+        deviation = np.std(values, ddof=1)
+    return np.mean(values), deviation
 
 def draw(args, curves, data):
     """Write robustness.png, curves and ECE, and reliability.png, of seed 0 on the first shift."""

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -30,6 +31,9 @@ TERMS = {
     "ARF": {"contrastive", "captions", "retrieved"}}
 SCRIPTS = {"calft": calft, "carft": carft, "anchor": anchor}
 card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+without_driver = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10),
+    reason="before torch 2.10 fake CUDA tensors need a driver")
 
 # ---- without a card ------------------------------------------------------------------------------
 def fake_steps(method, name, *flags, **changes):
@@ -42,6 +46,7 @@ def fake_steps(method, name, *flags, **changes):
         main()
     return [call.kwargs for call in common.Run.return_value.log.call_args_list]
 
+@without_driver
 @pytest.mark.parametrize("kind, given", [
     ("vit", "bf16"), ("vit", "fp16 --accum 2"), ("vit", "fp32"),
     ("resnet", "bf16 --accum 2"), ("resnet", "fp16"), ("resnet", "fp32")])
@@ -57,6 +62,7 @@ def test_a_step_mixes_no_devices(clip, method, kind, given):
         assert x.ndim == 0
         assert x.requires_grad
 
+@without_driver
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_does_not_wait_for_the_gpu(clip, method):
     """While the host waits it queues nothing, and the GPU idles after that. The losses, which are
@@ -79,6 +85,7 @@ def labels_on_cpu(gather):
 def tokens_on_cpu(encode_text):
     return lambda model, tokens, accum: encode_text(model, tokens.cpu(), accum)
 
+@without_driver
 @pytest.mark.parametrize("method, function, change", [
     ("CaRot", "to_input", output_on_cpu), ("CaRot", "encode_text", tokens_on_cpu),
     ("CAR-FT", "to_input", output_on_cpu), ("CAR-FT", "gather", labels_on_cpu),
@@ -87,21 +94,39 @@ def tokens_on_cpu(encode_text):
     ("ARF", "encode_text", output_on_cpu)])
 def test_what_stays_on_the_cpu_raises(clip, method, function, change):
     """Otherwise the tests here would pass whatever the scripts do."""
-    with pytest.raises(RuntimeError, match="on the same device"):
+    with pytest.raises(RuntimeError, match="on the same device|two different devices"):
         fake_steps(method, clip(), "--precision", "bf16", **{function: change})
 
 def test_gradients_of_any_layout_are_averaged(monkeypatch):
-    """Convolutions on CUDA are channels_last. Here the other process has twice the gradient."""
+    """Convolutions on CUDA are channels_last, and their gradients are copied in place, as fused
+    AdamW needs them in that layout. All others become views of what was reduced: a copy of each
+    would launch hundreds of kernels."""
     conv = torch.nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
-    conv(torch.randn(2, 3, 5, 5)).square().sum().backward()
-    expected = [1.5 * p.grad for p in conv.parameters()]
+    tau = torch.nn.Parameter(torch.tensor(2.0))
+    frozen = torch.nn.Parameter(torch.ones(3))
+    parameters = [conv.weight, tau, frozen, conv.bias]
+    (tau * conv(torch.randn(2, 3, 5, 5)).square().sum()).backward()
+    trained = [conv.weight, tau, conv.bias]
+    own = [p.grad.clone() for p in trained]
+    theirs = [torch.randn_like(grad) for grad in own]       # of the other process
+    weight_grad = conv.weight.grad
+    reduced = []
+    def all_reduce(flat):
+        flat += torch.cat([grad.reshape(-1) for grad in theirs]) / 2
+        reduced.append(flat)
     monkeypatch.setattr(common, "WORLD", 2)
-    monkeypatch.setattr(common.dist, "all_reduce", lambda x: x.mul_(3))
-    common.average_gradients(list(conv.parameters()))
-    for p, grad in zip(conv.parameters(), expected):
-        torch.testing.assert_close(p.grad, grad)
-        assert p.grad.stride() == p.stride()                # as fused AdamW needs it
+    monkeypatch.setattr(common.dist, "all_reduce", all_reduce)
+    common.average_gradients(iter(parameters))
+    for p, a, b in zip(trained, own, theirs):
+        torch.testing.assert_close(p.grad, (a + b) / 2)
+        assert p.grad.stride() == p.stride()
+    assert frozen.grad is None
+    flat, = reduced                                         # in one call
+    assert conv.weight.grad is weight_grad and not weight_grad.is_contiguous()
+    for p in (tau, conv.bias):
+        assert p.grad.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
 
+@without_driver
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_heads_features_and_retrieval_mix_no_devices(tiny_root, clip, kind):
     """These run before the first step."""
@@ -124,6 +149,22 @@ def test_heads_features_and_retrieval_mix_no_devices(tiny_root, clip, kind):
         query = torch.zeros(50, 8, device="cuda")
         nearest = anchor.retrieve(query, torch.zeros(40000, 8).half(), 3)
         assert nearest.shape == (50, 3) and nearest.device.type == "cuda"
+
+@without_driver
+@pytest.mark.parametrize("n, blocks", [(7, 1), (4096, 1), (10000, 3)])
+def test_scoring_copies_each_row_once(clip, n, blocks):
+    """Bring the features of a set to the GPU and its logits back, in blocks, and nothing else but
+    the lists of columns, whatever their lengths: each copy waits for the GPU."""
+    name = clip()
+    _, common = lone_loop("CaRot", name, 8, [])
+    with without_data(common) as fake:
+        model, *_ = common.load_model(name, "")
+        head = torch.zeros(5, 24, device="cuda")
+        images = SimpleNamespace(columns=[[0, 3], [1], [2]])
+        fake.waits.clear()
+        logits = common.set_logits(model, None, images, torch.zeros(n, 24), head)
+        assert len(fake.waits) == 2 * blocks + 1
+    assert logits.shape == (n, 3) and logits.device.type == "cpu"
 
 # ---- with a card ---------------------------------------------------------------------------------
 def assert_same_losses(a, b, tolerance):
