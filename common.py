@@ -202,7 +202,7 @@ def tokenize(tokenizer, texts):
     to a multiple of 8."""
     return cut_padding(tokenizer(texts).int())
 
-tokenize_once = functools.lru_cache(8)(tokenize)            # scoring asks after each epoch
+tokenize_once = functools.lru_cache(32)(tokenize)            # scoring asks after each epoch
 
 def prompts(tokenizer, classnames, templates):
     """Return tokens (K, M, L) of every class name in every template, which is a text with {} or a
@@ -807,7 +807,8 @@ def make_parser(doc, out):
     parser.error = fail
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):                  # unlike a notebook's
-            stream.reconfigure(errors="replace")            # what a terminal cannot print
+            # Replace what a terminal cannot print; a killed run's lines are in its log file.
+            stream.reconfigure(errors="replace", line_buffering=True)
     precision = "fp32"
     if DEVICE.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -1017,6 +1018,7 @@ class Run:
         self.first_step = self.checkpoint["step"]
         self.results = read_json(self.path / "results.json")
         scored = {images.name: digest(images) for images in sets}
+        everything = hashlib.sha256(repr((trained_on, scored)).encode()).hexdigest()
         if self.results.get("scored", scored) != scored:
             if "sets" in self.results and not self.first_step:
                 fail(f"the sets to score have changed, and {checkpoint} is gone; score them by "
@@ -1024,7 +1026,7 @@ class Run:
             say(f"the sets to score have changed since {args.out} was scored: all are scored again")
             self.results = {}
         self.results["scored"] = scored
-        facts = [self.first_step, len(self.results), int(trained_on[:15], 16)]
+        facts = [self.first_step, len(self.results), int(everything[:15], 16)]
         facts = gather(torch.tensor([facts], device=DEVICE))
         if len(facts.unique(dim=0)) > 1:
             fail(f"--out {args.out} is not the same folder for all processes, or {args.data} has "

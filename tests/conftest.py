@@ -6,7 +6,8 @@ import sys
 # Before torch is imported: threads that wait should sleep, and so do those of child processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # All tests run on the CPU. Only test_cuda.py, named alone, has the card.
-if not any("test_cuda.py" in argument for argument in sys.argv):
+named = [argument.split("::")[0] for argument in sys.argv[1:]]
+if {os.path.basename(path) for path in named if os.path.exists(path)} != {"test_cuda.py"}:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import functools
