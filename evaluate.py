@@ -54,8 +54,8 @@ def sigma_min(features):
     """Return the smallest singular value of the covariance (d, d) of features (n, d), with each
     dimension standardised. CaRot's theory bounds errors under shift by its inverse (section 3)."""
     x = features.double()
-    deviation = x.std(0)
-    if len(x) < 2 or not deviation.all():                   # a constant dimension
+    deviation = x.std(0, correction=min(1, len(x) - 1))     # 0 for a single image
+    if not deviation.all():                                 # a constant dimension
         return 0.0
     x = (x - x.mean(0)) / deviation
     return torch.linalg.svdvals(x.T @ x / (len(x) - 1))[-1].item()
