@@ -274,7 +274,9 @@ def write_photos():
         x = (x + 8 * torch.randn(x.shape)).clamp(0, 255).byte()
         os.makedirs(f"{OUT}/photos/train/{i % 2}", exist_ok=True)
         torchvision.io.write_jpeg(x, f"{OUT}/photos/train/{i % 2}/{i}.jpg", 90)
-    return common.read_data(flags(f"{OUT}/photos", "train"))[0]
+    args = flags(f"{OUT}/photos", val="train")
+    args.train = []                                         # all of them: val stands in for it
+    return common.read_data(args)[0]
 
 def read_image(path):
     return common.read_image(path)[0]
